@@ -1,0 +1,78 @@
+"""Files that pass between stages: atomic, byte-stable, free of pickle.
+
+Tensors are safetensors without metadata, tables are CSV, everything else is JSON with sorted keys, so that equal
+contents are equal bytes and DVC's hashes mean what they say.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as serialize_tensors
+from torch import Tensor
+
+
+class InputError(Exception):
+    """Bad input, told in one line: what is wrong, where, and what to do."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of `path`; raises `InputError` if there is no such file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); run `dvc pull`, or `dvc repro` to make it") from error
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as safetensors."""
+    write_bytes(path, serialize_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}))
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file; raises `InputError` if it is missing, truncated or something else."""
+    try:
+        return parse_tensors(read_bytes(path))
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); restore it with `dvc checkout` or make it anew") from error
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON with sorted keys; NaN and infinity are refused."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def load_json(path: Path) -> Any:
+    """Value of a JSON file; raises `InputError` if it is missing or not JSON."""
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore it with `dvc checkout` or make it anew") from error
+
+
+def save_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, seven significant digits."""
+    write_bytes(path, table.to_csv(index=False, float_format="%.7g", lineterminator="\n").encode())
+
+
+def load_table(path: Path) -> pd.DataFrame:
+    """Table of a CSV file; raises `InputError` if it is missing."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; run `dvc pull`, or `dvc repro` to make it")
+    return pd.read_csv(path)

@@ -1,0 +1,150 @@
+"""Images, sampled: a balanced, seeded training subset, controls, and a reference set of the same classes.
+
+The classifier's stages import this module; the generator's never do.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import UnidentifiedImageError
+from skimage.data import lfw_subset
+from torch import Tensor
+from torchvision.datasets import MNIST, CelebA, ImageFolder
+from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+from gbc.artifacts import InputError
+from gbc.params import SampleParams
+
+REFERENCE = 2000  # images at most that play the perfect generator
+CELEBA_SIZE = 32  # pixels; the paper's
+ROLES = ("train", "control", "reference")
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What a source offers: the class of every item, and a function that loads chosen items as [n, *shape] float32."""
+
+    y: np.ndarray
+    load: Callable[[np.ndarray], np.ndarray]
+
+
+def _pool(x: np.ndarray, y: np.ndarray) -> Pool:
+    return Pool(np.asarray(y), lambda chosen: x[chosen])
+
+
+def _circle(params: SampleParams) -> Pool:
+    """The paper's toy: 18 points evenly spaced on the unit circle, three arcs of six as classes; or one half of an even split."""
+    angle = 2 * np.pi * np.arange(18) / 18
+    part = {"all": slice(None), "even": slice(0, None, 2), "odd": slice(1, None, 2)}.get(params.path)
+    if part is None:
+        raise InputError(f"source circle has the parts all, even and odd, not path={params.path!r}")
+    return _pool(np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)[part], (np.arange(18) // 6)[part])
+
+
+def _npz(params: SampleParams) -> Pool:
+    """`images` [n, height, width] or [n, channels, height, width], uint8 or float in [0, 1], and integer `labels` [n]."""
+    try:
+        with np.load(params.path, allow_pickle=False) as file:
+            images, labels = file["images"], file["labels"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{params.path}: not an npz file with arrays `images` and `labels` ({error})") from error
+    if labels.shape != images.shape[:1] or images.ndim not in (3, 4):
+        raise InputError(f"{params.path}: labels {labels.shape} do not match images {images.shape}; one integer label per image is needed")
+    if images.dtype == np.uint8:
+        images = images / np.float32(255)
+    if not (np.issubdtype(images.dtype, np.floating) and images.min() >= 0 and images.max() <= 1 and np.issubdtype(labels.dtype, np.integer)):
+        raise InputError(f"{params.path}: images must be uint8, or float in [0, 1], and labels integers")
+    return _pool(images.astype(np.float32), labels)
+
+
+def _torchvision(params: SampleParams) -> Pool:
+    """The original 60,000 training images of MNIST, fetched into `path` by torchvision where they are not there."""
+    try:
+        data = MNIST(params.path, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{params.path}: no MNIST there and none could be fetched ({reason}); place its files in {params.path}/MNIST/raw") from error
+    return _pool(data.data.numpy() / np.float32(255), data.targets.numpy())
+
+
+def _faces(params: SampleParams) -> Pool:
+    """scikit-image's `lfw_subset`: 25×25 grey, 100 faces (class 1) and 100 patches without a face (class 0)."""
+    return _pool(lfw_subset().astype(np.float32), np.repeat([1, 0], 100))
+
+
+def _celeba(params: SampleParams) -> Pool:
+    """CelebA in torchvision's layout under `path`, classes 0 and 1 of one attribute, centre-cropped, 32×32, colour.
+
+    The crop is the largest centred square of the aligned 178×218 images.
+    """
+    transform = Compose([CenterCrop(178), Resize((CELEBA_SIZE, CELEBA_SIZE), antialias=True), PILToTensor()])
+    try:
+        data = CelebA(params.path, split="train", target_type="attr", transform=transform, download=not Path(params.path, "celeba").exists())
+    except (OSError, RuntimeError, ImportError) as error:
+        raise InputError(
+            f"{params.path}/celeba: no whole copy of CelebA there; place img_align_celeba/, list_attr_celeba.txt, identity_CelebA.txt, "
+            "list_bbox_celeba.txt, list_landmarks_align_celeba.txt and list_eval_partition.txt in it, or `pip install gbc[celeba]` to fetch it"
+        ) from error
+    if params.attribute not in data.attr_names:
+        raise InputError(f"CelebA has no attribute {params.attribute!r}; it has {', '.join(filter(None, data.attr_names))}")
+    y = data.attr[:, data.attr_names.index(params.attribute)].numpy()
+    return Pool(y, lambda chosen: np.stack([data[i][0].numpy() for i in chosen]) / np.float32(255))
+
+
+def _folder(params: SampleParams) -> Pool:
+    """One sub-folder per class, sorted by name, of images of one size; grey images become [height, width]."""
+    try:
+        data = ImageFolder(params.path, transform=PILToTensor())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{params.path}: not a folder with one folder of images per class ({error})") from error
+
+    def load(chosen: np.ndarray) -> np.ndarray:
+        try:
+            images = np.stack([data[i][0].numpy() for i in chosen]) / np.float32(255)
+        except (UnidentifiedImageError, ValueError) as error:
+            raise InputError(f"{params.path}: images must be readable and of one size ({error})") from error
+        return images[:, 0] if (images == images[:, :1]).all() else images
+
+    return Pool(np.array(data.targets), load)
+
+
+SOURCES: dict[str, Callable[[SampleParams], Pool]] = {
+    "circle": _circle,
+    "mnist": _npz,
+    "npz": _npz,
+    "torchvision": _torchvision,
+    "faces": _faces,
+    "celeba": _celeba,
+    "folder": _folder,
+}
+
+
+def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
+    """Balanced subset of a source: `{role}_x` float32 [n, *shape] and `{role}_y` int64 [n] for every role.
+
+    `train` has `per_class` images of each class, drawn without replacement; `control` as many others and `reference` at most
+    2,000 others, where the source has any left (else they are empty). Every class is drawn from its own stream of `seed`, so a
+    class's images do not depend on which other classes are asked for. Raises `InputError` if a class has too few images.
+    """
+    pool = SOURCES[params.source](params)
+    chosen: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
+    for label in params.classes:
+        found = np.flatnonzero(pool.y == label)
+        if len(found) < params.per_class:
+            raise InputError(f"source {params.source} has {len(found)} images of class {label}, fewer than per_class={params.per_class}")
+        order = np.random.default_rng([seed, label]).permutation(found)
+        bounds = [params.per_class, 2 * params.per_class, 2 * params.per_class + REFERENCE // len(params.classes)]
+        for role, part in zip(ROLES, np.split(order, bounds), strict=False):
+            chosen[role].append(part)
+    for role in ROLES[1:]:  # balanced, or absent
+        size = min(len(part) for part in chosen[role])
+        chosen[role] = [part[:size] for part in chosen[role]]
+    drawn = {}
+    for role, parts in chosen.items():
+        indices = np.concatenate(parts)
+        drawn[f"{role}_x"] = torch.from_numpy(np.ascontiguousarray(pool.load(indices))) if len(indices) else torch.empty(0)
+        drawn[f"{role}_y"] = torch.from_numpy(np.repeat(params.classes, [len(part) for part in parts])).long()
+    return drawn

@@ -1,0 +1,212 @@
+"""How good is a generator, and what does it give away? Every score beside its controls and baselines."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gbc.classifier import Classifier
+from gbc.generator import Generator
+from gbc.similarity import ssim
+
+NEAR = 0.15  # distance at which a toy sample counts as at a training point; neighbours on the circle are 0.35 apart
+STUDENT_STEPS, STUDENT_WIDTH = 300, 256
+PICTURES = 60  # generated images kept for the figure
+EXTENT, GRID = 1.6, 240  # the toy's landscape covers [-EXTENT, EXTENT]² with GRID² places
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images [n, *shape], pixels in [0, 1], and their labels [n]."""
+
+    x: Float[Tensor, "n *shape"]
+    y: Int[Tensor, " n"]
+
+    def first(self, count: int) -> "Images":
+        """The first `count` images of every class."""
+        keep = torch.cat([torch.nonzero(self.y == label)[:count, 0] for label in self.y.unique()])
+        return Images(self.x[keep], self.y[keep])
+
+
+def auc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
+    """P(positive > negative) for one of each drawn at random, ties counted half."""
+    difference = positive[:, None] - negative[None]
+    return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
+
+
+def diversity(images: Images, per_class: int = 50) -> float:
+    """Mean of 1 − SSIM over pairs of different images of one class, averaged over classes."""
+    values = []
+    for label in images.y.unique():
+        similarity = ssim(*[images.x[images.y == label][:per_class]] * 2)
+        pairs = ~torch.eye(len(similarity), dtype=torch.bool)
+        values.append(1 - similarity[pairs].mean())
+    return torch.stack(values).mean().item()
+
+
+def similarity_scores(train_best: Tensor, control_best: Tensor, precision: Tensor) -> dict[str, float]:
+    """The four scores that baselines share with generators.
+
+    `train_best` and `control_best` are the best SSIM of every training and every control image over the generated ones,
+    `precision` the best SSIM of every generated image over the training ones.
+    """
+    return {
+        "ssim_precision": precision.mean().item(),
+        "ssim_recall": train_best.mean().item(),
+        "train_control_auc": auc(train_best, control_best),
+        "leak_60": leak(train_best, control_best, 0.6),
+    }
+
+
+def leak(train_best: Tensor, control_best: Tensor, threshold: float) -> float:
+    """Share of training images found above `threshold`, less the share of controls."""
+    return ((train_best > threshold).double().mean() - (control_best > threshold).double().mean()).item()
+
+
+def score_images(generated: Images, train: Images, control: Images, reference: Images) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """All similarity metrics of generated images, and the best SSIM of every training and control image behind them.
+
+    `reference` are real images seen by neither classifier nor controls, scored in the same way and number: a perfect generator.
+    """
+    similarity = ssim(generated.x, train.x)
+    best = {"train": similarity.amax(0), "control": ssim(generated.x, control.x).amax(0), "generated": similarity.amax(1)}
+    scores = similarity_scores(best["train"], best["control"], best["generated"])
+    count = min(int((part.y == label).sum()) for part in (generated, reference) for label in train.y.unique())
+    ours = ssim(generated.first(count).x, train.x)
+    real = ssim(reference.first(count).x, train.x)
+    matched = linear_sum_assignment(similarity.numpy(), maximize=True)
+    return scores | {
+        "ssim_matched": similarity[matched].mean().item(),
+        "precision_ratio": (ours.amax(1).mean() / real.amax(1).mean()).item(),
+        "recall_ratio": (ours.amax(0).mean() / real.amax(0).mean()).item(),
+        "diversity_ratio": diversity(generated) / diversity(train),
+        "leak_50": leak(best["train"], best["control"], 0.5),
+        "recall_40": (best["train"] > 0.4).double().mean().item(),
+        "recall_50": (best["train"] > 0.5).double().mean().item(),
+    }, best
+
+
+def score_points(generated: Float[Tensor, "n 2"], train: Float[Tensor, "points 2"], active: Bool[Tensor, " points"]) -> dict[str, float]:
+    """Toy metrics: share of samples within 0.15 of a training point, training points so hit, points that carry a multiplier."""
+    near = torch.cdist(generated, train) < NEAR
+    return {
+        "within_015": near.any(1).double().mean().item(),
+        "points_hit": int(near.any(0).sum()),
+        "points_active": int(active.sum()),
+    }
+
+
+def accuracy(classifiers: Sequence[Classifier], x: Tensor, y: Int[Tensor, " n"]) -> float:
+    """Share of images that a classifier which knows their label names right, as deployed (eval mode)."""
+    right = []
+    for network in classifiers:
+        labels = torch.tensor(network.labels)
+        known = torch.isin(y, labels)
+        with torch.no_grad():
+            right.append(labels[network.eval()(x[known]).argmax(1)] == y[known])
+    return torch.cat(right).double().mean().item()
+
+
+def student_accuracy(generated: Images, test: Images, seed: int) -> float:
+    """Accuracy on `test` of a two-layer network trained on `generated` alone (Adam, full batch)."""
+    rng = torch.Generator().manual_seed(seed)
+    labels = generated.y.unique()
+    student = nn.Sequential(nn.Flatten(), nn.Linear(generated.x[0].numel(), STUDENT_WIDTH), nn.ReLU(), nn.Linear(STUDENT_WIDTH, len(labels)))
+    for layer in student:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, generator=rng)
+            nn.init.zeros_(layer.bias)
+    optimiser = torch.optim.Adam(student.parameters(), lr=1e-3)
+    for _ in range(STUDENT_STEPS):
+        loss = F.cross_entropy(student(generated.x), torch.searchsorted(labels, generated.y))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        return (labels[student(test.x).argmax(1)] == test.y).double().mean().item()
+
+
+def baseline_scores(images: Images, train: Images, control: Images) -> dict[str, float]:
+    """The four shared scores of images that no generator made."""
+    similarity = ssim(images.x, train.x)
+    return similarity_scores(similarity.amax(0), ssim(images.x, control.x).amax(0), similarity.amax(1))
+
+
+def class_means(train: Images) -> Images:
+    """Every training image replaced by the mean of its class: what precision alone is won by."""
+    means = {label: train.x[train.y == label].mean(0) for label in train.y.unique().tolist()}
+    return Images(torch.stack([means[label] for label in train.y.tolist()]), train.y)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels in [0, 1] as 0 … 255."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def evaluate_images(
+    generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], samples: int, seed: int
+) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
+    """Metrics, the table of best SSIMs behind them, and pictures: the first generated images of each class with their nearest training images.
+
+    `data` holds the training, control and reference images of all classifiers together.
+    """
+    train, control, reference = (Images(data[f"{role}_x"], data[f"{role}_y"]) for role in ("train", "control", "reference"))
+    if not len(reference.x):  # the source had no more images: the controls play the perfect generator
+        reference = control
+    generated = Images(*generator.sample(samples, torch.Generator().manual_seed(seed)))
+    untrained = copy.deepcopy(generator).initialise(torch.Generator().manual_seed(seed))
+    baselines = {
+        "class_mean": class_means(train),
+        "untrained": Images(*untrained.sample(samples, torch.Generator().manual_seed(seed))),
+        "held_out": reference,
+    }
+    scores, best = score_images(generated, train, control, reference)
+    metrics: dict[str, Any] = scores | {
+        "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),
+        "student_accuracy": student_accuracy(generated, reference, seed),
+        "baselines": {name: baseline_scores(images, train, control) for name, images in baselines.items()},
+    }
+    table = pd.concat([pd.DataFrame({"images": role, "ssim": values.numpy()}) for role, values in best.items()])
+    shown = generated.first(PICTURES // len(train.y.unique()))
+    nearest = train.x[ssim(shown.x, train.x).argmax(1)]
+    return metrics, table, {"generated": to_uint8(shown.x), "nearest": to_uint8(nearest)}
+
+
+def evaluate_points(
+    generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], active: Bool[Tensor, " points"], samples: int, seed: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Toy metrics, and what the toy's figures show: training points, the classifiers' landscapes, samples free and by classifier."""
+    x, y = generator.sample(samples, torch.Generator().manual_seed(seed))
+    ticks = torch.linspace(-EXTENT, EXTENT, GRID)
+    plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
+    pictures = {"train_x": data["train_x"], "train_y": data["train_y"], "active": active, "samples_x": x, "samples_y": y}
+    for t, network in enumerate(classifiers):
+        with torch.no_grad():
+            pictures[f"landscape_{t}"] = network.eval()(plane).argmax(1).reshape(GRID, GRID).to(torch.uint8)
+        fixed = generator.sample(samples // len(classifiers), torch.Generator().manual_seed(seed), t)
+        pictures[f"fixed_{t}_x"], pictures[f"fixed_{t}_y"] = fixed
+    return score_points(x, data["train_x"], active), pictures
+
+
+def evaluate(
+    generator: Generator, classifiers: Sequence[Classifier], samples: Sequence[Mapping[str, Tensor]], active: Sequence[list[bool]], count: int, seed: int
+) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
+    """Score a generator on `count` samples from fresh noise against its classifiers' datasets, and `active` training points.
+
+    Returns metrics, the table of best SSIMs (empty for points) and pictures.
+    """
+    data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
+    x, y = generator.sample(count, torch.Generator().manual_seed(seed))
+    shared = {"accuracy_on_generated": accuracy(classifiers, x, y)}
+    if len(generator.output_shape) == 1:
+        metrics, pictures = evaluate_points(generator, classifiers, data, torch.tensor(sum(active, [])), count, seed)
+        return metrics | shared, pd.DataFrame({"images": [], "ssim": []}), pictures
+    metrics, table, pictures = evaluate_images(generator, classifiers, data, count, seed)
+    return metrics | shared, table, pictures

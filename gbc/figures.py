@@ -1,0 +1,231 @@
+"""Every picture of the report. Functions take plain arrays and tables and return a matplotlib figure."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from torch import nn
+
+from gbc.artifacts import write_bytes
+from gbc.evaluation import EXTENT
+from gbc.homogeneity import estimate, scaling_table
+from gbc.kkt import duality
+from gbc.params import LambdaParams
+
+matplotlib.use("Agg")
+sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
+DPI = 150
+COLUMNS = 20  # of a grid of images
+
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a PNG whose bytes depend on nothing but the figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+def fig2_duality() -> Figure:
+    """The U-shaped duality loss of Eq. 6 for three values of δ, at α = 0."""
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    margin = torch.linspace(-0.5, 3, 701)
+    for delta in (0.0, 0.25, 0.5):
+        axes.plot(margin, duality(margin, torch.tensor(0.0), delta), label=f"δ = {delta}")
+    axes.axvline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="margin against the runner-up", ylabel="duality loss", title="max(m − e$^{−α}$ − δ, 0) − min(m − e$^{−α}$, 0), α = 0")
+    axes.legend()
+    return figure
+
+
+def paper_network() -> nn.Sequential:
+    """The network of the paper's Fig. 3, Linear(2, 10)–ReLU–Linear(10, 1), with weights drawn from seed 0."""
+    network = nn.Sequential(nn.Linear(2, 10), nn.ReLU(), nn.Linear(10, 1))
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(generator=rng)
+    return network
+
+
+def fig3_lambda(curves: Mapping[str, pd.DataFrame], violations: Mapping[str, float]) -> Figure:
+    """Φ(x; e^{αΛ}ζ), solid, and e^α Φ(x; ζ), dotted, for the paper's network and every classifier of the pipeline."""
+    homogeneity = estimate(paper_network(), (2,), LambdaParams(inputs=16, batch=16), torch.Generator().manual_seed(0))
+    curves = {"Linear(2, 10)–ReLU–Linear(10, 1)": scaling_table(paper_network(), (2,), homogeneity)} | dict(curves)
+    violations = {"Linear(2, 10)–ReLU–Linear(10, 1)": homogeneity.violation} | dict(violations)
+    columns = 3
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
+    for axes, (name, table) in zip(figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False):
+        for color, (_, line) in zip(sns.color_palette(), table.groupby("input"), strict=False):
+            axes.plot(line["alpha"], line["scaled"], color=color, linewidth=1.2)
+            axes.plot(line["alpha"], line["expected"], color="black", linestyle=":", linewidth=1.6)
+        axes.set_title(f"{name}\nlargest relative difference {violations[name]:.1e}", fontsize=8)
+        axes.set_xlabel("α")
+    for axes in figure.axes[len(curves) :]:
+        axes.remove()
+    figure.suptitle("Φ(x; e$^{αΛ}$ζ) solid, e$^{α}$ Φ(x; ζ) dotted; one colour per input")
+    return figure
+
+
+def _landscape(axes: Axes, classes: np.ndarray, title: str) -> None:
+    """Predicted class on a square grid, white where the prediction changes."""
+    edge = np.zeros(classes.shape, dtype=bool)
+    edge[:-1] |= classes[:-1] != classes[1:]
+    edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]
+    shades = ListedColormap([sns.light_palette(color, 5)[3] for color in sns.color_palette()[: classes.max() + 1]])
+    axes.imshow(np.ma.masked_where(edge, classes), origin="lower", extent=(-EXTENT, EXTENT, -EXTENT, EXTENT), cmap=shades, vmin=0, vmax=classes.max())
+    axes.set_title(title, fontsize=9)
+
+
+def _points(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, active: np.ndarray | None = None, behind: np.ndarray | None = None) -> None:
+    """Points coloured by class; inactive ones hollow; `behind` marks the training points under generated ones."""
+    if behind is not None:
+        axes.scatter(*behind.T, s=40, facecolors="none", edgecolors="black", linewidths=0.6, zorder=3)
+    colors = np.array(sns.color_palette())[y]
+    size = 26 if behind is None else 3
+    if active is None:
+        axes.scatter(*x.T, s=size, c=colors, linewidths=0)
+    else:
+        axes.scatter(*x[active].T, s=size, c=colors[active])
+        axes.scatter(*x[~active].T, s=size, facecolors="none", edgecolors=colors[~active])
+    axes.set_title(title, fontsize=9)
+
+
+def _square(axes: Axes) -> None:
+    axes.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+    axes.grid(False)
+
+
+def fig4_toy(toy: Mapping[str, np.ndarray]) -> Figure:
+    """Training data, the classifier's landscape and generated samples, from left to right."""
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    data, landscape, samples = figure.subplots(1, 3)
+    _points(data, toy["train_x"], toy["train_y"], "(a) training data; filled: carries a multiplier", toy["active"])
+    _landscape(landscape, toy["landscape_0"], "(b) classifier")
+    _points(samples, toy["samples_x"], toy["samples_y"], "(c) 2,000 generated samples; circles: training data", behind=toy["train_x"])
+    for axes in figure.axes:
+        _square(axes)
+    return figure
+
+
+def fig5_toy_pair(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray], pair: Mapping[str, np.ndarray]) -> Figure:
+    """Two halves of the toy data, a generator of each, and one generator of both, free and with its classifier index fixed."""
+    figure = Figure(figsize=(14, 5.9), layout="constrained")
+    grid = figure.subplots(2, 5)
+    for row, (half, letters) in enumerate(zip((first, second), ("abce", "fghi"), strict=True)):
+        n = row + 1
+        _points(grid[row, 0], half["train_x"], half["train_y"], f"({letters[0]}) training data D{n}", half["active"])
+        _landscape(grid[row, 1], half["landscape_0"], f"({letters[1]}) classifier Φ{n}")
+        _points(grid[row, 2], half["samples_x"], half["samples_y"], f"({letters[2]}) samples of g{n}", behind=half["train_x"])
+        fixed = (pair[f"fixed_{row}_x"], pair[f"fixed_{row}_y"])
+        _points(grid[row, 4], *fixed, f"({letters[3]}) g1+2, classifier index {n}", behind=half["train_x"])
+    _points(grid[0, 3], pair["samples_x"], pair["samples_y"], "(d) samples of g1+2", behind=pair["train_x"])
+    for axes in grid.flat:
+        _square(axes)
+    grid[1, 3].set_visible(False)
+    return figure
+
+
+def fig_images(generated: np.ndarray, nearest: np.ndarray, title: str) -> Figure:
+    """Odd rows: generated images; even rows: the nearest training image of each, by SSIM. [n, height, width] or with channels, uint8."""
+    tiles = []
+    for start in range(0, len(generated), COLUMNS):
+        for images, background in ((generated, 0), (nearest, 255)):
+            row = images[start : start + COLUMNS]
+            row = row if row.ndim == 3 else np.moveaxis(row, 1, -1)
+            framed = [np.pad(tile, [(1, 1), (1, 1)] + [(0, 0)] * (tile.ndim - 2), constant_values=background) for tile in row]
+            tiles.append(np.concatenate(framed, 1))
+    picture = np.concatenate(tiles)
+    figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1] + 0.4), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set_axis_off()
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, float]) -> Figure:
+    """Stationarity residual and duality of every generator, and the residual that the true training images reach on Z₁."""
+    columns = 3
+    rows = math.ceil(len(histories) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
+    for axes, (name, history) in zip(figure.subplots(rows, columns, squeeze=False).flat, histories.items(), strict=False):
+        long = history.melt(["step", "classifier"], ["stationarity", "duality"], var_name="term")
+        sns.lineplot(long, x="step", y="value", hue="term", style="classifier", ax=axes, legend=axes is figure.axes[0], linewidth=1)
+        axes.axhline(oracles[name], color="black", linestyle="--", linewidth=0.8)
+        axes.set(yscale="log", title=name, ylabel="")
+    for axes in figure.axes[len(histories) :]:
+        axes.remove()
+    figure.suptitle("loss terms by step; dashed: oracle residual of the true training images (on Z₁)")
+    return figure
+
+
+def ssim_distribution(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Share of training and of control images whose best SSIM over the generated images exceeds a value."""
+    columns = 3
+    rows = math.ceil(len(tables) / columns)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
+    for axes, (name, table) in zip(figure.subplots(rows, columns, squeeze=False).flat, tables.items(), strict=False):
+        shown = table[table["images"] != "generated"]
+        sns.ecdfplot(shown, x="ssim", hue="images", hue_order=["train", "control"], complementary=True, ax=axes)
+        axes.set(title=name, xlabel="best SSIM over generated images", ylabel="share of images above", xlim=(0, 1))
+    for axes in figure.axes[len(tables) :]:
+        axes.remove()
+    return figure
+
+
+def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
+    """Log-loss, smallest margin and oracle residual of every classifier's descent."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    curves = pd.concat([table.assign(classifier=name) for name, table in descents.items()])
+    for axes, (column, label) in zip(
+        figure.subplots(1, 3),
+        {"log_loss": "log-loss", "smallest_margin": "smallest margin", "oracle_residual": "oracle residual (on Z₁)"}.items(),
+        strict=True,
+    ):
+        shown = curves.dropna(subset=column)
+        sns.lineplot(shown, x="step", y=column, hue="classifier", ax=axes, legend=column == "log_loss", linewidth=1)
+        axes.set(ylabel=label, xscale="log")
+    return figure
+
+
+IMAGE_FIGURES = {"mnist": "fig6_mnist", "faces": "fig7_faces", "mnist_pair": "fig8_mnist_pair"}
+
+
+def draw(
+    metrics: Mapping[str, Mapping[str, Any]],
+    pictures: Mapping[str, Mapping[str, np.ndarray]],
+    tables: Mapping[str, pd.DataFrame],
+    histories: Mapping[str, pd.DataFrame],
+    lambdas: Mapping[str, Mapping[str, Any]],
+    scalings: Mapping[str, pd.DataFrame],
+    descents: Mapping[str, pd.DataFrame],
+) -> dict[str, Figure]:
+    """Every figure of the report, by file name; the paper's first. All mappings are by generator or classifier name."""
+    figures = {"fig2_duality": fig2_duality(), "fig3_lambda": fig3_lambda(scalings, {name: lam["violation"] for name, lam in lambdas.items()})}
+    if "toy" in pictures:
+        figures["fig4_toy"] = fig4_toy(pictures["toy"])
+    if {"toy_1", "toy_2", "toy_pair"} <= set(pictures):
+        figures["fig5_toy_pair"] = fig5_toy_pair(pictures["toy_1"], pictures["toy_2"], pictures["toy_pair"])
+    images = [name for name in pictures if "generated" in pictures[name]]
+    for name in images:
+        file = IMAGE_FIGURES.get(name, f"fig7_{name}" if name.startswith("celeba_") else f"samples_{name}")
+        figures[file] = fig_images(pictures[name]["generated"], pictures[name]["nearest"], f"{name}: odd rows generated, even rows nearest training image")
+    figures = dict(sorted(figures.items()))
+    figures["pretraining_curves"] = pretraining_curves(descents)
+    figures["loss_curves"] = loss_curves(histories, {name: values["oracle_residual"] for name, values in metrics.items()})
+    if images:
+        figures["ssim_distribution"] = ssim_distribution({name: tables[name] for name in images})
+    return figures

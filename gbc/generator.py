@@ -1,0 +1,153 @@
+"""The generator g(ε, y, t; θ), its noise, and the multiplier network h(x, y, t; η)."""
+
+import math
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gbc.artifacts import InputError, load_json, load_tensors, save_json, save_tensors
+
+
+def kaiming(network: nn.Module, rng: torch.Generator) -> None:
+    """Kaiming-normal weights drawn from `rng` and zero biases (He et al. 2015)."""
+    for module in network.modules():
+        if isinstance(module, nn.ConvTranspose2d):  # stride s: kernel²/s² taps meet in an output pixel
+            fan_in = module.in_channels * math.prod(module.kernel_size) / math.prod(module.stride)
+        elif isinstance(module, nn.Linear):
+            fan_in = module.in_features
+        else:
+            continue
+        with torch.no_grad():
+            module.weight.normal_(0, math.sqrt(2 / fan_in), generator=rng)
+            if module.bias is not None:
+                module.bias.zero_()
+
+
+class Generator(nn.Module):
+    """g: noise ε, label y and classifier index t → samples [batch, *output_shape].
+
+    Images, (height, width) or (channels, height, width) with pixels in [0, 1], come out of three fully connected and three
+    transposed-convolution layers with ReLU and batch normalisation, as in §5.2; points (a one-dimensional shape) out of three
+    fully connected layers. The noise is a mixture of Gaussians of standard deviation `spread` around `anchors` centres, drawn once
+    from N(0, I) and kept with the weights. `known` lists the labels of every classifier's training set.
+    """
+
+    centres: Tensor
+    labels: Tensor
+
+    def __init__(
+        self, known: tuple[tuple[int, ...], ...], output_shape: tuple[int, ...], noise: int, anchors: int, spread: float, width: int, channels: int
+    ):
+        super().__init__()
+        self.known, self.output_shape, self.noise, self.anchors, self.spread = known, output_shape, noise, anchors, spread
+        self.width, self.channels = width, channels
+        self.register_buffer("centres", torch.zeros(anchors, noise))
+        self.register_buffer("labels", torch.tensor(sorted(set().union(*known))), persistent=False)
+        sizes = [noise + len(self.labels) + len(known), width, width]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU()]
+        if len(output_shape) == 1:
+            layers += [nn.Linear(width, output_shape[0])]
+        else:
+            depth = math.prod(output_shape[:-2])
+            half = [(side + 1) // 2 for side in output_shape[-2:]]
+            quarter = [(side + 1) // 2 for side in half]
+            start = channels * math.prod(quarter)
+            layers += [nn.Linear(width, start, bias=False), nn.BatchNorm1d(start), nn.ReLU(), nn.Unflatten(1, (channels, *quarter))]
+            for c_in, c_out, sides in [(channels, channels // 2, half), (channels // 2, channels // 4, output_shape[-2:])]:
+                kernel = (4 - sides[0] % 2, 4 - sides[1] % 2)  # 4 doubles the side, 3 doubles it less one
+                layers += [nn.ConvTranspose2d(c_in, c_out, kernel, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(channels // 4, depth, 3, padding=1), nn.Sigmoid()]
+        self.layers = nn.Sequential(*layers)
+
+    def initialise(self, rng: torch.Generator) -> "Generator":
+        """Draw the centres and Kaiming's weights."""
+        self.centres.normal_(generator=rng)
+        kaiming(self, rng)
+        return self
+
+    def forward(self, epsilon: Float[Tensor, "batch noise"], y: Int[Tensor, " batch"], t: Int[Tensor, " batch"]) -> Tensor:
+        """Samples for noise, label and classifier index."""
+        label = F.one_hot(torch.searchsorted(self.labels, y), len(self.labels))
+        codes = torch.cat([epsilon, label, F.one_hot(t, len(self.known))], 1)
+        return self.layers(codes).reshape(-1, *self.output_shape)
+
+    def perturb(self, anchor: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch noise"]:
+        """Fresh noise around the given centres."""
+        noise = torch.randn(len(anchor), self.noise, generator=rng).to(self.centres)
+        return self.centres[anchor] + self.spread * noise
+
+    @torch.no_grad()
+    def sample(self, count: int, rng: torch.Generator, t: int | None = None) -> tuple[Tensor, Int[Tensor, " count"]]:
+        """`count` samples from fresh noise, labels in equal shares, and their labels; on the generator's device.
+
+        For every label y the classifier index is drawn from 𝒯_y, the classifiers that know y, unless `t` fixes it.
+        """
+        known = self.known if t is None else (self.known[t],)
+        labels = torch.tensor(sorted(set().union(*known)))
+        y = labels.repeat_interleave(-(-count // len(labels)))[:count]
+        index = torch.full_like(y, t or 0)
+        if t is None:
+            knows = torch.tensor([[float(label in part) for part in known] for label in labels.tolist()])
+            index = torch.multinomial(knows[torch.searchsorted(labels, y)], 1, generator=rng)[:, 0]
+        anchor = torch.randint(self.anchors, (count,), generator=rng)
+        device = self.centres.device
+        return self.eval()(self.perturb(anchor.to(device), rng), y.to(device), index.to(device)), y.to(device)
+
+
+class Multipliers(nn.Module):
+    """h: samples x, labels y and classifier indices t → μ = ReLU(h) [batch, labels], one multiplier per class.
+
+    The multiplier of the sample's own label meets a zero margin and has no effect.
+    """
+
+    labels: Tensor
+
+    def __init__(self, known: tuple[tuple[int, ...], ...], input_shape: tuple[int, ...], width: int):
+        super().__init__()
+        self.known = known
+        self.register_buffer("labels", torch.tensor(sorted(set().union(*known))))
+        classes = len(self.labels)
+        fan_in = math.prod(input_shape) + classes + len(known)
+        self.layers = nn.Sequential(nn.Linear(fan_in, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+
+    def initialise(self, rng: torch.Generator) -> "Multipliers":
+        """Kaiming's weights, the last layer's small: every multiplier starts alive, near 1."""
+        kaiming(self, rng)
+        with torch.no_grad():
+            last = self.layers[-1]
+            assert isinstance(last, nn.Linear)
+            last.weight.mul_(0.1)
+            last.bias.fill_(1.0)
+        return self
+
+    def forward(self, x: Tensor, y: Int[Tensor, " batch"], t: int) -> Float[Tensor, "batch classes"]:
+        """Multipliers for the classes of classifier `t`."""
+        label = F.one_hot(torch.searchsorted(self.labels, y), len(self.labels))
+        index = F.one_hot(torch.full_like(y, t), len(self.known))
+        mu = F.relu(self.layers(torch.cat([x.flatten(1), label, index], 1)))
+        return mu[:, torch.searchsorted(self.labels, torch.tensor(self.known[t], device=y.device))]
+
+
+def save_generator(folder: Path, generator: Generator) -> None:
+    """Write weights.safetensors and architecture.json."""
+    names = ("known", "output_shape", "noise", "anchors", "spread", "width", "channels")
+    save_json(folder / "architecture.json", {name: getattr(generator, name) for name in names})
+    save_tensors(folder / "weights.safetensors", generator.state_dict())
+
+
+def load_generator(folder: Path) -> Generator:
+    """Read what `save_generator` wrote; raises `InputError` if a file is missing or damaged, or the two do not match."""
+    description, weights = load_json(folder / "architecture.json"), load_tensors(folder / "weights.safetensors")
+    description["known"] = tuple(map(tuple, description["known"]))
+    description["output_shape"] = tuple(description["output_shape"])
+    try:
+        generator = Generator(**description)
+        generator.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        raise InputError(f"{folder}: weights.safetensors does not fit architecture.json ({' '.join(str(error).split())})") from error
+    return generator

@@ -1,0 +1,105 @@
+"""The KKT conditions that gradient descent leaves in a classifier: stationarity, duality and the oracle.
+
+A margin is m_ic = Φ_{y_i}(x_i) − Φ_c(x_i). Stationarity asks for multipliers μ_ic ≥ 0 with Λ̄ζ = Σ_i Σ_c μ_ic ∇_ζ m_ic;
+duality for min_c m_ic = e^{−α} wherever μ_ic > 0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gbc.homogeneity import Homogeneity
+
+
+def margins(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " batch"]) -> Float[Tensor, "batch classes"]:
+    """m_ic = Φ_{y_i} − Φ_c for every class c; zero at c = y_i."""
+    return logits.gather(1, y[:, None]) - logits
+
+
+def smallest_margin(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Margin against the runner-up class, the only one of Eq. 6."""
+    own = F.one_hot(y, logits.shape[1]).bool()
+    return margins(logits, y).masked_fill(own, torch.inf).amin(1)
+
+
+def target(network: nn.Module, homogeneity: Homogeneity) -> list[Tensor]:
+    """Λ̄ζ up to its unidentified scalar factor: ζ on Z₁, zero on Z₂, in the order of `network.parameters()`."""
+    z1 = set(homogeneity.z1)
+    return [p.detach() if name in z1 else torch.zeros_like(p) for name, p in network.named_parameters()]
+
+
+def margin_gradient(
+    logits: Float[Tensor, "batch classes"],
+    y: Int[Tensor, " batch"],
+    mu: Float[Tensor, "batch classes"],
+    zeta: Sequence[Tensor],
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """Σ_i Σ_{c≠y_i} μ_ic (∇_ζ Φ_{y_i}(x_i) − ∇_ζ Φ_c(x_i)), one tensor per parameter of `zeta`.
+
+    The gradient of one scalar, so it costs one backward pass whatever the number of samples and classes. With
+    `create_graph` it can be differentiated with respect to what made `logits` and `mu`.
+    """
+    return list(torch.autograd.grad((mu * margins(logits, y)).sum(), zeta, create_graph=create_graph, materialize_grads=True))
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Euclidean inner product over all parameters."""
+    return torch.stack([(u * v).sum() for u, v in zip(a, b, strict=True)]).sum()
+
+
+def stationarity(goal: Sequence[Tensor], gradient: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Relative residual of Eq. 5: min over s ≥ 0 of ‖goal − s·gradient‖ / ‖goal‖, in [0, 1].
+
+    N, the scalar factor of Λ̄ and the scale of μ absorb one another (Eqs. 3–5 fix none of them), so the scale s is the best one.
+    """
+    cosine = inner(goal, gradient) / (inner(goal, goal) * inner(gradient, gradient)).sqrt().clamp_min(1e-30)
+    return (1 - cosine.clamp_min(0).square()).clamp_min(1e-12).sqrt()
+
+
+def duality(margin: Float[Tensor, "..."], alpha: Float[Tensor, ""], delta: float) -> Float[Tensor, "..."]:
+    """Eq. 6 and Fig. 2, elementwise: max(m − e^{−α} − δ, 0) − min(m − e^{−α}, 0)."""
+    excess = margin - torch.exp(-alpha)
+    return F.relu(excess - delta) + F.relu(-excess)
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """How well given images explain the weights, with the best multipliers they could have."""
+
+    residual: float  # ‖Λ̄ζ − Σ μ ∇m‖ / ‖Λ̄ζ‖ over Z₁
+    mu: Float[np.ndarray, "batch classes"]
+
+
+def oracle(network: nn.Module, homogeneity: Homogeneity, x: Tensor, y: Tensor, iterations: int = 300) -> Oracle:
+    """Best non-negative multipliers of all (sample, wrong class) pairs: non-negative least squares over Z₁.
+
+    Matrix-free: with J the margins' Jacobian, Jᵀμ is `margin_gradient` and its derivative along μ gives J·r, so it holds for
+    any network, batch normalisation in train mode included (the batch is `x`, whole), in the memory of one pass.
+    """
+    zeta = [p for name, p in network.named_parameters() if name in homogeneity.z1]
+    norm = inner(zeta, zeta).detach()
+    logits = network(x)
+    wrong = ~F.one_hot(y, logits.shape[1]).bool()
+    pairs = int(wrong.sum())
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        mu = torch.zeros_like(logits).masked_scatter(wrong, torch.as_tensor(flat, dtype=x.dtype, device=x.device)).requires_grad_()
+        gradient = margin_gradient(logits, y, mu, zeta, create_graph=True)
+        residual = [p.detach() - g for p, g in zip(zeta, gradient, strict=True)]
+        value = inner(residual, residual) / norm
+        (slope,) = torch.autograd.grad(value, mu)
+        return value.item(), slope[wrong].double().cpu().numpy()
+
+    mean_margin = margins(logits, y)[wrong].mean().item()
+    start = np.full(pairs, norm.item() / (pairs * max(mean_margin, 1e-12)))  # by Euler's equation, about the right sum of μ
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * pairs, options={"maxiter": iterations, "maxcor": 30})
+    mu = np.zeros(wrong.shape)
+    mu[wrong.cpu().numpy()] = best.x
+    return Oracle(float(np.sqrt(best.fun)), mu)

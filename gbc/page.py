@@ -1,0 +1,88 @@
+"""The report's page: one HTML file with every figure inlined, readable offline."""
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+import pandas as pd
+
+STYLE = """
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
+img { max-width: 100%; display: block; margin: 0.5rem auto; }
+div.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+CAPTIONS = {
+    "fig2_duality": "Duality (Eq. 6). The loss is zero where a sample's margin lies between e^−α and e^−α + δ, and grows linearly outside: "
+    "every generated sample is asked to sit at the smallest margin, where multipliers may be positive.",
+    "fig3_lambda": "Λ (Eqs. 9 and 10), estimated from random inputs and the weights alone: the paper's two-layer network first, then every "
+    "classifier of this pipeline, batch normalisation in train mode. Each title gives the largest relative difference in float64. "
+    "If Λ is right, the dotted lines cover the solid ones.",
+    "fig4_toy": "The toy. Eighteen points on a circle in three classes, the classifier trained on them, and samples of the generator "
+    "that saw only that classifier. Look for samples at the circled points, and for points that none reaches.",
+    "fig5_toy_pair": "Two classifiers, one generator (Eq. 12). Each row: one half of the toy data, its classifier, its own generator; "
+    "on the right, the generator born from both: (d) free, (e) and (i) with its classifier index fixed, where only that half should appear.",
+    "fig6_mnist": "MNIST, batch-normalised classifier. Odd rows: the first generated images of each digit from fresh noise, not selected; "
+    "even rows: the training image nearest by SSIM.",
+    "fig7_faces": "Faces and patches without a face, 25×25. Odd rows generated, even rows nearest training image; non-faces first.",
+    "fig8_mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9. Odd rows generated, even rows nearest.",
+    "samples_mnist_plain": "MNIST, homogeneous classifier without batch normalisation: the paper's loss where its theory is cleanest.",
+    "samples_mnist_letter": "MNIST, batch-normalised classifier, the paper's loss to the letter (Eqs. 5 to 7 and total variation, no extension). "
+    "The loss is met by images that are not digits: the extensions are what the other MNIST results rest on.",
+    "pretraining_curves": "Full-batch descent of the classifiers. The oracle residual is how far the true training images are from explaining "
+    "the weights on Z₁ with the best non-negative multipliers: what a perfect generator would reach.",
+    "loss_curves": "Training. Stationarity is the relative residual of Eq. 5 over all parameters; the dashed line is what the true training "
+    "images reach with the best multipliers, on Z₁. Duality is in units of the margin asked for.",
+    "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
+    "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
+}
+
+
+def caption(name: str) -> str:
+    """What to see in a figure."""
+    if name.startswith("fig7_celeba_"):
+        return f"CelebA, attribute {escape(name.removeprefix('fig7_celeba_'))}: class 0 first. Odd rows generated, even rows nearest training image."
+    return CAPTIONS.get(name) or f"Generator {escape(name.removeprefix('samples_'))}: odd rows generated, even rows nearest training image."
+
+
+def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Generators in rows, each followed by its baselines, as HTML."""
+    rows = {}
+    for name, values in metrics.items():
+        rows[name] = {key: value for key, value in values.items() if key != "baselines"}
+        rows |= {f"{name}: {baseline}": scores for baseline, scores in values.get("baselines", {}).items()}
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    points = [name for name, values in metrics.items() if "points_hit" in values]
+    parts = [table.loc[points], table.drop(index=points)]
+    return "".join(
+        '<div class="wide">' + part.dropna(axis="columns", how="all").to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0) + "</div>"
+        for part in parts
+        if len(part)
+    )
+
+
+def render(metrics: Mapping[str, Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
+    """The page: a table of all metrics and every figure (PNG bytes) with a paragraph on what to see."""
+    sections = [
+        f'<h2 id="{name}">{name}</h2>\n<p>{caption(name)}</p>\n<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+        for name, png in figures.items()
+    ]
+    return "\n".join(
+        [
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>gbc: Generator Born from Classifier</title>',
+            f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>',
+            "<h1>Generator Born from Classifier</h1>",
+            "<p>Generators trained on nothing but a classifier's weights, after Yu &amp; Wang, NeurIPS 2023. Images are drawn from fresh noise. "
+            "Precision: mean best SSIM of a generated image to a training image. Recall: of a training image to the generated ones. Ratios: the "
+            "same, over that of as many real images never seen (1 is a perfect generator). <code>train_control_auc</code>: probability that a "
+            "training image is reproduced better than a control image of the same class (0.5: nothing is given away). "
+            "<code>leak_t</code>: share of training images above SSIM t, less the share of controls.</p>",
+            metrics_table(metrics),
+            *sections,
+            "</body>\n</html>\n",
+        ]
+    )

@@ -1,0 +1,171 @@
+"""Training of a generator on the weights of one or several classifiers (Eqs. 5–7 and 12)."""
+
+import math
+import time
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from gbc.artifacts import InputError
+from gbc.classifier import Classifier
+from gbc.generator import Generator, Multipliers
+from gbc.homogeneity import Homogeneity
+from gbc.kkt import duality, margin_gradient, smallest_margin, stationarity, target
+from gbc.params import Params, TrainParams
+
+HISTORY_ROWS = 200  # of the loss curve, about
+FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
+
+
+def total_variation(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, ""]:
+    """Mean absolute difference of neighbouring pixels, down plus across; zero for points."""
+    if x.ndim < 3:
+        return x.new_zeros(())
+    return x.diff(dim=-2).abs().mean() + x.diff(dim=-1).abs().mean()
+
+
+class Teacher:
+    """One classifier as the generator's loss sees it: fixed weights, Λ̄ζ, and what its training left besides.
+
+    Two things that are part of the weights file are used beyond Eqs. 5–7. The running statistics of batch normalisation are those of
+    the training batch. And every gradient of the first layer is Σ_i δ_i x_iᵀ (under batch normalisation with centred x_i), so that,
+    after a small initialisation, its rows lie in the span of the training images.
+    """
+
+    def __init__(self, network: Classifier, homogeneity: Homogeneity, gate: float):
+        self.network = network.freeze()
+        network.set_gate(gate)
+        self.labels = torch.tensor(network.labels, device=next(network.parameters()).device)
+        self.zeta = list(network.parameters())
+        self.goal = target(network, homogeneity)
+        self.norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+        self.inputs: list[Tensor] = []  # of every batch normalisation, from the last forward pass
+        for module in self.norms:
+            module.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
+        first = next(module for module in network.modules() if isinstance(module, nn.Linear)).weight.detach()
+        _, singular, basis = torch.linalg.svd(first, full_matrices=False)
+        level = singular.median()  # about that of the initialisation, which fills all directions alike
+        kept = (singular / level).square() / (1 + (singular / level).square())
+        self.off_span = torch.eye(first.shape[1], device=first.device) - basis.T @ (kept[:, None] * basis)
+
+    def logits(self, x: Tensor) -> Float[Tensor, "batch classes"]:
+        """Φ(x), remembering what enters every batch normalisation."""
+        self.inputs.clear()
+        return self.network(x)
+
+    def statistics_mismatch(self) -> Float[Tensor, ""]:
+        """Mean squared difference between the batch's mean and deviation and the running ones, in running deviations; summed over layers."""
+        total = self.goal[0].new_zeros(())
+        for module, z in zip(self.norms, self.inputs, strict=True):
+            variance, mean = torch.var_mean(z, 0)
+            assert module.running_mean is not None and module.running_var is not None
+            shift = (mean - module.running_mean).square() / module.running_var
+            stretch = ((variance / module.running_var).clamp_min(1e-8).sqrt() - 1).square()
+            total = total + shift.mean() + stretch.mean()
+        return total
+
+    def span_mismatch(self, x: Tensor) -> Float[Tensor, ""]:
+        """Share of the samples' energy, about the batch's mean, outside the directions that the first layer holds above its initial level."""
+        x = x.flatten(1)
+        if self.norms:
+            x = x - x.mean(0)
+        return ((x @ self.off_span) * x).sum() / x.square().sum()
+
+
+def draw_codes(anchors: int, batch: int, labels: Sequence[int], rng: torch.Generator) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+    """Anchors and labels of one batch: every label equally often, and for each label every anchor as equally often as possible."""
+    share = batch // len(labels)
+    rounds = -(-share // anchors)
+    anchor = [torch.cat([torch.randperm(anchors, generator=rng) for _ in range(rounds)])[:share] for _ in labels]
+    return torch.cat(anchor), torch.tensor(labels).repeat_interleave(share)
+
+
+def loss_terms(
+    teacher: Teacher,
+    x: Float[Tensor, "batch *shape"],
+    y: Int[Tensor, " batch"],
+    mu: Float[Tensor, "batch classes"],
+    alpha: Float[Tensor, ""],
+    delta: float,
+    floor: float,
+) -> dict[str, Tensor]:
+    """Every term of the loss for one classifier, unweighted.
+
+    Duality is in units of the margin asked for, e^{−α}, and `delta` is its share; the unit carries no gradient, or α could shrink
+    the loss by shrinking the unit's inverse. `floor` keeps the runner-up's multipliers, the only ones of the paper's
+    complementary slackness, from dying.
+    """
+    own = torch.searchsorted(teacher.labels, y)
+    logits = teacher.logits(x)
+    runner_up = logits.scatter(1, own[:, None], -torch.inf).argmax(1, keepdim=True)
+    mu = mu.scatter(1, runner_up, mu.gather(1, runner_up).clamp_min(floor))
+    unit = torch.exp(-alpha).detach()
+    return {
+        "stationarity": stationarity(teacher.goal, margin_gradient(logits, own, mu, teacher.zeta, create_graph=True)),
+        "duality": duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta).mean(),
+        "total_variation": total_variation(x),
+        "statistics": teacher.statistics_mismatch(),
+        "span": teacher.span_mismatch(x),
+    }
+
+
+@torch.no_grad()
+def initial_alpha(g: Generator, teacher: Teacher, task: TrainParams, t: int, rng: torch.Generator) -> Float[Tensor, ""]:
+    """α with e^{−α} the mean size of the untrained generator's margins: the classifier's own scale."""
+    anchor, y = (part.to(teacher.labels.device) for part in draw_codes(task.anchors, task.batch, teacher.network.labels, rng))
+    x = g(g.perturb(anchor, rng), y, torch.full_like(y, t))
+    return -smallest_margin(teacher.logits(x), torch.searchsorted(teacher.labels, y)).abs().mean().log()
+
+
+def train(
+    params: Params, task: TrainParams, classifiers: Sequence[Classifier], homogeneities: Sequence[Homogeneity], device: torch.device
+) -> tuple[Generator, pd.DataFrame, float]:
+    """Train g, h and one α per classifier so that the generated distribution satisfies the classifiers' KKT conditions.
+
+    Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. Returns the generator, the curve of every
+    term and the seconds it took. Raises `InputError` if the classifiers take inputs of different shapes.
+    """
+    shape = classifiers[0].input_shape
+    if any(classifier.input_shape != shape for classifier in classifiers):
+        raise InputError(f"classifiers {', '.join(task.classifiers)} take inputs of different shapes: one generator cannot serve them")
+    rng = torch.Generator().manual_seed(params.seed)
+    shared = params.generator
+    known = tuple(classifier.labels for classifier in classifiers)
+    g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
+    h = Multipliers(known, shape, shared.width).initialise(rng)
+    g, h = g.to(device, memory_format=torch.channels_last), h.to(device)
+    teachers = [Teacher(c.to(device), homogeneity, shared.gate) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
+    alpha = torch.stack([initial_alpha(g, teacher, task, t, rng) for t, teacher in enumerate(teachers)]).requires_grad_()
+    trained = [*g.parameters(), *h.parameters(), alpha]
+    optimiser = torch.optim.Adam(
+        [{"params": trained[:-1], "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}], betas=(0.9, 0.99)
+    )
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / params.steps)) / 2
+    )
+    rows: list[dict[str, float]] = []
+    began = time.perf_counter()
+    every = max(1, params.steps // HISTORY_ROWS)
+    with tqdm(total=params.steps, desc="generator", mininterval=1) as bar:
+        for step in range(params.steps):
+            loss = torch.zeros((), device=device)
+            for t, teacher in enumerate(teachers):
+                anchor, y = (part.to(device) for part in draw_codes(task.anchors, task.batch, known[t], rng))
+                x = g(g.perturb(anchor, rng), y, torch.full_like(y, t))
+                terms = loss_terms(teacher, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
+                loss = loss + terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
+                loss = loss + task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"] + task.span * terms["span"]
+                if step % every == 0 or step == params.steps - 1:
+                    rows.append({"step": step, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
+                    bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})
+            for parameter in trained:
+                parameter.grad = None
+            loss.backward(inputs=trained)
+            optimiser.step()
+            decay.step()
+            bar.update()
+    return g, pd.DataFrame(rows), time.perf_counter() - began

@@ -1,0 +1,34 @@
+"""Score one generator against its classifiers' images and baselines: python -m stages.evaluate mnist."""
+
+from pathlib import Path
+
+from gbc.artifacts import load_json, load_table, load_tensors, save_json, save_table, save_tensors
+from gbc.classifier import load_classifier
+from gbc.evaluation import evaluate
+from gbc.generator import load_generator
+from gbc.params import Params, entry, run_stage
+
+
+def main(params: Params, name: str) -> None:
+    """data/generators/<name>/ and data/{samples,classifiers,oracles}/ of its classifiers → data/evaluations/<name>/."""
+    names = entry(params.train, name).classifiers
+    oracles = [load_json(Path(f"data/oracles/{classifier}/oracle.json")) for classifier in names]
+    metrics, table, pictures = evaluate(
+        load_generator(Path(f"data/generators/{name}")),
+        [load_classifier(Path(f"data/classifiers/{classifier}")) for classifier in names],
+        [load_tensors(Path(f"data/samples/{classifier}.safetensors")) for classifier in names],
+        [oracle["active"] for oracle in oracles],
+        params.evaluate.samples,
+        params.seed,
+    )
+    history = load_table(Path(f"data/histories/{name}/history.csv"))
+    metrics["kkt_residual"] = history.groupby("classifier")["stationarity"].last().mean()
+    metrics["oracle_residual"] = sum(oracle["residual"] for oracle in oracles) / len(oracles)
+    folder = Path(f"data/evaluations/{name}")
+    save_json(folder / "metrics.json", metrics)
+    save_table(folder / "best_ssim.csv", table)
+    save_tensors(folder / "pictures.safetensors", pictures)
+
+
+if __name__ == "__main__":
+    run_stage(main)

@@ -1,0 +1,36 @@
+"""Write reports/: metrics.json, the figures and index.html: python -m stages.report."""
+
+from pathlib import Path
+
+from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
+from gbc.figures import draw, save_figure
+from gbc.page import render
+from gbc.params import Params, run_stage
+
+DATA, REPORTS = Path("data"), Path("reports")
+
+
+def main(params: Params) -> None:
+    """data/{evaluations,histories,oracles,lambda}/ → reports/."""
+    metrics, pictures, tables, histories = {}, {}, {}, {}
+    for name in params.train:
+        folder = DATA / "evaluations" / name
+        seconds = load_json(DATA / "histories" / name / "seconds.json")
+        metrics[name] = load_json(folder / "metrics.json") | {"seconds": seconds}
+        pictures[name] = {key: value.numpy() for key, value in load_tensors(folder / "pictures.safetensors").items()}
+        tables[name] = load_table(folder / "best_ssim.csv")
+        histories[name] = load_table(DATA / "histories" / name / "history.csv")
+    lambdas = {name: load_json(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
+    scalings = {name: load_table(DATA / "lambda" / name / "scaling.csv") for name in params.pretrain}
+    descents = {name: load_table(DATA / "oracles" / name / "curve.csv") for name in params.pretrain}
+    save_json(REPORTS / "metrics.json", metrics)
+    pngs = {}
+    for name, figure in draw(metrics, pictures, tables, histories, lambdas, scalings, descents).items():
+        path = REPORTS / "figures" / f"{name}.png"
+        save_figure(path, figure)
+        pngs[name] = read_bytes(path)
+    write_bytes(REPORTS / "index.html", render(metrics, pngs).encode())
+
+
+if __name__ == "__main__":
+    run_stage(main)
