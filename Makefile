@@ -1,10 +1,12 @@
-# make repro: environment and the whole pipeline. make test: environment, lint, types and tests. make lint: the checks alone.
+# make repro: environment and the whole pipeline. make test: environment, lint, types and tests. make check: the committed results.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+SHELL = bash
+.SHELLFLAGS = -euo pipefail -c
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test lint
+.PHONY: repro test lint check
 
 repro: $(VENV)/installed
 	dvc repro
@@ -16,6 +18,13 @@ lint: $(VENV)/installed
 	ruff check .
 	ruff format --check .
 	pyright
+
+# Params, code, dvc.lock and reports/ are in step, and the committed evaluations redraw the committed report, byte for byte.
+check: $(VENV)/installed
+	plan=$$(dvc repro --dry --allow-missing); echo "$$plan"; ! grep "^Running stage" <<<"$$plan"
+	dvc pull --quiet data/evaluations data/histories data/lambda data/oracles
+	python -m stages.report
+	git diff --exit-code --stat reports
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -186,7 +186,7 @@ def evaluate_points(
     x, y = generator.sample(samples, torch.Generator().manual_seed(seed))
     ticks = torch.linspace(-EXTENT, EXTENT, GRID)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
-    pictures = {"train_x": data["train_x"], "train_y": data["train_y"], "active": active, "samples_x": x, "samples_y": y}
+    pictures = {"extent": torch.tensor(EXTENT), "train_x": data["train_x"], "train_y": data["train_y"], "active": active, "samples_x": x, "samples_y": y}
     for t, network in enumerate(classifiers):
         with torch.no_grad():
             pictures[f"landscape_{t}"] = network.eval()(plane).argmax(1).reshape(GRID, GRID).to(torch.uint8)

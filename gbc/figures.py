@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from gbc.artifacts import write_bytes
-from gbc.evaluation import EXTENT
 from gbc.homogeneity import estimate, scaling_table
 from gbc.kkt import duality
 from gbc.params import LambdaParams
@@ -79,13 +78,13 @@ def fig3_lambda(curves: Mapping[str, pd.DataFrame], violations: Mapping[str, flo
     return figure
 
 
-def _landscape(axes: Axes, classes: np.ndarray, title: str) -> None:
+def _landscape(axes: Axes, classes: np.ndarray, extent: float, title: str) -> None:
     """Predicted class on a square grid, white where the prediction changes."""
     edge = np.zeros(classes.shape, dtype=bool)
     edge[:-1] |= classes[:-1] != classes[1:]
     edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]
     shades = ListedColormap([sns.light_palette(color, 5)[3] for color in sns.color_palette()[: classes.max() + 1]])
-    axes.imshow(np.ma.masked_where(edge, classes), origin="lower", extent=(-EXTENT, EXTENT, -EXTENT, EXTENT), cmap=shades, vmin=0, vmax=classes.max())
+    axes.imshow(np.ma.masked_where(edge, classes), origin="lower", extent=(-extent, extent, -extent, extent), cmap=shades, vmin=0, vmax=classes.max())
     axes.set_title(title, fontsize=9)
 
 
@@ -103,8 +102,8 @@ def _points(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, active: np.nda
     axes.set_title(title, fontsize=9)
 
 
-def _square(axes: Axes) -> None:
-    axes.set(xlim=(-EXTENT, EXTENT), ylim=(-EXTENT, EXTENT), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
+def _square(axes: Axes, extent: float) -> None:
+    axes.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[-1, 0, 1], yticks=[-1, 0, 1])
     axes.grid(False)
 
 
@@ -113,10 +112,10 @@ def fig4_toy(toy: Mapping[str, np.ndarray]) -> Figure:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     data, landscape, samples = figure.subplots(1, 3)
     _points(data, toy["train_x"], toy["train_y"], "(a) training data; filled: carries a multiplier", toy["active"])
-    _landscape(landscape, toy["landscape_0"], "(b) classifier")
+    _landscape(landscape, toy["landscape_0"], toy["extent"].item(), "(b) classifier")
     _points(samples, toy["samples_x"], toy["samples_y"], "(c) 2,000 generated samples; circles: training data", behind=toy["train_x"])
     for axes in figure.axes:
-        _square(axes)
+        _square(axes, toy["extent"].item())
     return figure
 
 
@@ -127,13 +126,13 @@ def fig5_toy_pair(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarr
     for row, (half, letters) in enumerate(zip((first, second), ("abce", "fghi"), strict=True)):
         n = row + 1
         _points(grid[row, 0], half["train_x"], half["train_y"], f"({letters[0]}) training data D{n}", half["active"])
-        _landscape(grid[row, 1], half["landscape_0"], f"({letters[1]}) classifier Φ{n}")
+        _landscape(grid[row, 1], half["landscape_0"], half["extent"].item(), f"({letters[1]}) classifier Φ{n}")
         _points(grid[row, 2], half["samples_x"], half["samples_y"], f"({letters[2]}) samples of g{n}", behind=half["train_x"])
         fixed = (pair[f"fixed_{row}_x"], pair[f"fixed_{row}_y"])
         _points(grid[row, 4], *fixed, f"({letters[3]}) g1+2, classifier index {n}", behind=half["train_x"])
     _points(grid[0, 3], pair["samples_x"], pair["samples_y"], "(d) samples of g1+2", behind=pair["train_x"])
     for axes in grid.flat:
-        _square(axes)
+        _square(axes, pair["extent"].item())
     grid[1, 3].set_visible(False)
     return figure
 

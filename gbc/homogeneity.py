@@ -8,13 +8,14 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from scipy.optimize import linprog, minimize
+from scipy.optimize import linprog, lsq_linear
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from gbc.artifacts import InputError, load_json
 from gbc.params import LambdaParams
 
+EQUATION_WEIGHT = 1e4  # of the Euler equations against the norm
 TOLERANCE = 1e-9  # relative; float64 Euler equations of a quasi-homogeneous network hold to about 1e-13
 
 
@@ -71,8 +72,9 @@ def choose_lambda(rows: Float[np.ndarray, "equations groups"], rhs: Float[np.nda
     Raises `InputError` if no λ ≥ 0 solves the equations: the network is not quasi-homogeneous.
     """
     groups = rows.shape[1]
-    scale = np.abs(np.column_stack([rows, rhs])).max(axis=1)
-    system = (np.column_stack([rows, rhs]) / scale[:, None])[scale > 0]
+    system = np.column_stack([rows, rhs])
+    scale = np.abs(system).max(axis=1)
+    system = system[scale > 0] / scale[scale > 0, None]
     _, singular, basis = np.linalg.svd(system, full_matrices=False)  # the same solutions, in at most groups + 1 equations
     basis = basis[singular > TOLERANCE * singular[0]]
     a, b = basis[:, :groups], basis[:, groups]
@@ -86,18 +88,12 @@ def choose_lambda(rows: Float[np.ndarray, "equations groups"], rhs: Float[np.nda
     if not bound.success:
         raise InputError("the network is not quasi-homogeneous: no Λ ≥ 0 satisfies Eq. 9 on random inputs")
     lam_max = bound.x[-1]
-    smallest = minimize(
-        lambda v: v @ v,
-        bound.x[:groups],
-        jac=lambda v: 2 * v,
-        bounds=[(0, lam_max)] * groups,
-        constraints={"type": "eq", "fun": lambda v: a @ v - b, "jac": lambda v: a},
-        method="SLSQP",
-        options={"ftol": 1e-14, "maxiter": 500},
-    )
-    lam = np.where(smallest.x > lam_max - 1e-5, lam_max, np.where(smallest.x < 1e-5, 0.0, smallest.x))
-    free = (lam > 0) & (lam < lam_max)  # the active bounds are known now: solve the equations exactly for the rest
-    lam[free] += np.linalg.lstsq(a[:, free], b - a @ lam, rcond=None)[0]
+    # The smallest norm: bounded least squares with the equations weighted heavily finds which bounds are active, and those
+    # being known, the rest is the minimum-norm solution of the equations.
+    rough = lsq_linear(np.vstack([EQUATION_WEIGHT * a, np.eye(groups)]), np.append(EQUATION_WEIGHT * b, np.zeros(groups)), (0, lam_max), "bvls").x
+    lam = np.where(rough > lam_max - 1e-5, lam_max, np.where(rough < 1e-5, 0.0, rough))
+    free = (lam > 0) & (lam < lam_max)
+    lam[free] = np.linalg.lstsq(a[:, free], b - a[:, ~free] @ lam[~free], rcond=None)[0]
     return lam, groups - int(np.linalg.matrix_rank(a, tol=TOLERANCE))
 
 

@@ -97,8 +97,8 @@ def oracle(network: nn.Module, homogeneity: Homogeneity, x: Tensor, y: Tensor, i
         (slope,) = torch.autograd.grad(value, mu)
         return value.item(), slope[wrong].double().cpu().numpy()
 
-    mean_margin = margins(logits, y)[wrong].mean().item()
-    start = np.full(pairs, norm.item() / (pairs * max(mean_margin, 1e-12)))  # by Euler's equation, about the right sum of μ
+    size = margins(logits, y)[wrong].abs().mean().item()
+    start = np.full(pairs, norm.item() / (pairs * size))  # by Euler's equation, about the right sum of μ
     best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * pairs, options={"maxiter": iterations, "maxcor": 30})
     mu = np.zeros(wrong.shape)
     mu[wrong.cpu().numpy()] = best.x

@@ -4,16 +4,17 @@ import dataclasses
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import MISSING, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gbc.artifacts import InputError
 
@@ -22,12 +23,12 @@ T = TypeVar("T")
 
 def ranged(low: float, high: float = float("inf")) -> Any:
     """A required number, or list of numbers, in [low, high]."""
-    return field(default=MISSING, metadata={"low": low, "high": high})
+    return field(metadata={"low": low, "high": high})
 
 
 def one_of(*choices: str) -> Any:
     """A required string out of `choices`."""
-    return field(default=MISSING, metadata={"choices": choices})
+    return field(metadata={"choices": choices})
 
 
 @dataclass(frozen=True)
@@ -35,24 +36,23 @@ class SampleParams:
     """One dataset: where its images are, which classes, how many of each."""
 
     source: str = one_of("circle", "mnist", "torchvision", "faces", "celeba", "npz", "folder")
-    classes: list[int] = ranged(0)
-    per_class: int = ranged(1)
+    classes: list[int] = ranged(0.0)
+    per_class: int = ranged(1.0)
     path: str = ""
     attribute: str = ""
 
 
 @dataclass(frozen=True)
 class PretrainParams:
-    """One classifier: its data, its architecture and its full-batch descent."""
+    """One classifier, trained on the dataset of its name: architecture and full-batch descent."""
 
-    data: str = MISSING
     architecture: str = one_of("homogeneous", "biased", "batchnorm")
-    hidden: list[int] = ranged(1)
-    first_scale: float = ranged(0)
-    rest_scale: float = ranged(0)
-    step_size: float = ranged(0)
-    weight_decay: float = ranged(0)
-    max_steps: int = ranged(1)
+    hidden: list[int] = ranged(1.0)
+    first_scale: float = ranged(0.0)
+    rest_scale: float = ranged(0.0)
+    step_size: float = ranged(0.0)
+    weight_decay: float = ranged(0.0)
+    max_steps: int = ranged(1.0)
     stop_log_loss: float = ranged(float("-inf"))
 
 
@@ -60,72 +60,73 @@ class PretrainParams:
 class LambdaParams:
     """Random inputs of the Euler equations: number of batches, and samples in each."""
 
-    inputs: int = ranged(1)
-    batch: int = ranged(2)
+    inputs: int = ranged(1.0)
+    batch: int = ranged(2.0)
 
 
 @dataclass(frozen=True)
 class GeneratorParams:
     """What all generators share: the networks g and h, the optimiser, the constants of the loss."""
 
-    noise: int = ranged(1)
-    spread: float = ranged(0)
-    width: int = ranged(1)
-    channels: int = ranged(4)
-    learning_rate: float = ranged(0)
-    alpha_learning_rate: float = ranged(0)
-    delta: float = ranged(0)
-    gate: float = ranged(0)
+    noise: int = ranged(1.0)
+    spread: float = ranged(0.0)
+    width: int = ranged(1.0)
+    channels: int = ranged(4.0)
+    learning_rate: float = ranged(0.0)
+    alpha_learning_rate: float = ranged(0.0)
+    delta: float = ranged(0.0)
+    gate: float = ranged(0.0)
 
 
 @dataclass(frozen=True)
 class TrainParams:
     """One generator: the classifiers that it is born from, and the weights of its loss."""
 
-    classifiers: list[str] = MISSING
-    anchors: int = ranged(1)
-    batch: int = ranged(2)
-    total_variation: float = ranged(0)
-    statistics: float = ranged(0)
-    span: float = ranged(0)
-    margin_reward: float = ranged(0, 1)
-    multiplier_floor: float = ranged(0, 1)
+    classifiers: list[str]
+    anchors: int = ranged(1.0)
+    batch: int = ranged(2.0)
+    total_variation: float = ranged(0.0)
+    statistics: float = ranged(0.0)
+    span: float = ranged(0.0)
+    coverage: float = ranged(0.0)
+    margin_reward: float = ranged(0.0, 1.0)
+    multiplier_floor: float = ranged(0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class CelebAParams:
     """CelebA: one task for every attribute, none by default."""
 
-    attributes: list[str] = MISSING
-    sample: SampleParams = MISSING
-    pretrain: PretrainParams = MISSING
-    train: TrainParams = MISSING
+    attributes: list[str]
+    sample: SampleParams
+    pretrain: PretrainParams
+    train: TrainParams
 
 
 @dataclass(frozen=True)
 class EvaluateParams:
     """Samples drawn from every generator."""
 
-    samples: int = ranged(1)
+    samples: int = ranged(1.0)
 
 
 @dataclass(frozen=True)
 class Params:
     """The whole of params.yaml."""
 
-    beta: float = ranged(0)
-    seed: int = ranged(0)
-    steps: int = ranged(1)
+    beta: float = ranged(0.0)
+    seed: int = ranged(0.0)
+    steps: int = ranged(1.0)
     device: str = one_of("auto", "cpu", "cuda")
-    launch: str = MISSING
-    sample: dict[str, SampleParams] = MISSING
-    pretrain: dict[str, PretrainParams] = MISSING
-    estimate_lambda: LambdaParams = MISSING
-    generator: GeneratorParams = MISSING
-    train_single: dict[str, TrainParams] = MISSING
-    train_multi: dict[str, TrainParams] = MISSING
-    evaluate: EvaluateParams = MISSING
-    celeba: CelebAParams = MISSING
+    launch: str
+    sample: dict[str, SampleParams]
+    pretrain: dict[str, PretrainParams]
+    estimate_lambda: LambdaParams
+    generator: GeneratorParams
+    train_single: dict[str, TrainParams]
+    train_multi: dict[str, TrainParams]
+    evaluate: EvaluateParams
+    celeba: CelebAParams
 
     @property
     def train(self) -> dict[str, TrainParams]:
@@ -133,22 +134,31 @@ class Params:
         return self.train_single | self.train_multi
 
 
-def _check(value: Any, path: str) -> Iterator[str]:
-    """One complaint for every value that is out of the range its field declares."""
-    if dataclasses.is_dataclass(value):
-        for part in dataclasses.fields(value):
-            inner, name, allowed = getattr(value, part.name), f"{path}{part.name}", part.metadata
-            if "choices" in allowed and inner not in allowed["choices"]:
-                yield f"{name}={inner} is not one of {', '.join(allowed['choices'])}"
-            elif "low" in allowed:
-                for number in inner if isinstance(inner, list) else [inner]:
-                    if not allowed["low"] <= number <= allowed["high"]:
-                        yield f"{name}={inner} is not in [{allowed['low']}, {allowed['high']}]"
-            else:
-                yield from _check(inner, f"{name}.")
-    elif isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _check(inner, f"{path}{key}.")
+def _fill(kind: Any, value: Any, name: str, allowed: Mapping[str, Any]) -> Any:
+    """`value` as a `kind`, a dataclass or an annotation of one of its fields; raises `InputError` with the full `name` of what is wrong."""
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        fields = {part.name: part for part in dataclasses.fields(kind)}
+        prefix = f"{name}." if name else ""
+        if unknown := sorted(set(map(str, value)) - set(fields)):
+            raise InputError(f"{prefix}{unknown[0]} is not a parameter; {name or 'the top level'} has {', '.join(fields)}")
+        required = {part.name for part in fields.values() if part.default is dataclasses.MISSING}
+        if missing := sorted(required - set(map(str, value))):
+            raise InputError(f"{prefix}{missing[0]} is missing")
+        hints = get_type_hints(kind)
+        return kind(**{str(key): _fill(hints[str(key)], inner, f"{prefix}{key}", fields[str(key)].metadata) for key, inner in value.items()})
+    if get_origin(kind) is dict and isinstance(value, Mapping):
+        return {str(key): _fill(get_args(kind)[1], inner, f"{name}.{key}", allowed) for key, inner in value.items()}
+    if get_origin(kind) is list and isinstance(value, list):
+        return [_fill(get_args(kind)[0], inner, name, allowed) for inner in value]
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        raise InputError(f"{name}={value!r} is not a {getattr(kind, '__name__', kind)}")
+    if "low" in allowed and not allowed["low"] <= value <= allowed["high"]:
+        raise InputError(f"{name}={value} is not in [{allowed['low']:g}, {allowed['high']:g}]")
+    if "choices" in allowed and value not in allowed["choices"]:
+        raise InputError(f"{name}={value} is not one of {', '.join(allowed['choices'])}")
+    return value
 
 
 def load_params(overrides: list[str], path: Path = Path("params.yaml")) -> Params:
@@ -159,18 +169,16 @@ def load_params(overrides: list[str], path: Path = Path("params.yaml")) -> Param
     """
     try:
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
-            config = compose(path.stem, overrides=overrides)
-        params = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Params), config))
-    except (HydraException, OmegaConfBaseException) as error:
-        key = getattr(error, "full_key", None)
-        raise InputError(f"{path}: {str(error).splitlines()[0]}" + (f" (at {key})" if key else "")) from error
-    assert isinstance(params, Params)
-    if complaints := list(_check(params, "")):
-        raise InputError(f"{path}: {'; '.join(complaints)}")
+            config = OmegaConf.to_container(compose(path.stem, overrides=overrides), resolve=True)
+        params = _fill(Params, config, "", {})
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise InputError(f"{path} with {' '.join(overrides) or 'no overrides'}: {' '.join(str(error).split())}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     for attribute in params.celeba.attributes:
         name = f"celeba_{attribute}"
         params.sample[name] = dataclasses.replace(params.celeba.sample, attribute=attribute)
-        params.pretrain[name] = dataclasses.replace(params.celeba.pretrain, data=name)
+        params.pretrain[name] = params.celeba.pretrain
         params.train_single[name] = dataclasses.replace(params.celeba.train, classifiers=[name])
     return params
 

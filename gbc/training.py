@@ -18,6 +18,7 @@ from gbc.kkt import duality, margin_gradient, smallest_margin, stationarity, tar
 from gbc.params import Params, TrainParams
 
 HISTORY_ROWS = 200  # of the loss curve, about
+RIDGE = 1e-3  # of the samples' mean energy: a direction that they hold less of does not count as covered
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
 
 
@@ -47,10 +48,9 @@ class Teacher:
         for module in self.norms:
             module.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
         first = next(module for module in network.modules() if isinstance(module, nn.Linear)).weight.detach()
-        _, singular, basis = torch.linalg.svd(first, full_matrices=False)
+        _, singular, self.directions = torch.linalg.svd(first, full_matrices=False)
         level = singular.median()  # about that of the initialisation, which fills all directions alike
-        kept = (singular / level).square() / (1 + (singular / level).square())
-        self.off_span = torch.eye(first.shape[1], device=first.device) - basis.T @ (kept[:, None] * basis)
+        self.held = (singular / level).square() / (1 + (singular / level).square())  # in [0, 1], per direction
 
     def logits(self, x: Tensor) -> Float[Tensor, "batch classes"]:
         """Φ(x), remembering what enters every batch normalisation."""
@@ -68,12 +68,21 @@ class Teacher:
             total = total + shift.mean() + stretch.mean()
         return total
 
-    def span_mismatch(self, x: Tensor) -> Float[Tensor, ""]:
-        """Share of the samples' energy, about the batch's mean, outside the directions that the first layer holds above its initial level."""
+    def span_mismatch(self, x: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """How far the span of the samples is from that of the first layer's rows, both ways, each in [0, 1].
+
+        First the share of the samples' energy outside the directions that the layer holds; then the share of those directions
+        outside the samples' span (with a ridge): many different samples are needed to make that small.
+        """
         x = x.flatten(1)
         if self.norms:
             x = x - x.mean(0)
-        return ((x @ self.off_span) * x).sum() / x.square().sum()
+        along = x @ self.directions.T
+        outside = 1 - (self.held * along.square()).sum() / x.square().sum()
+        gram = x @ x.T
+        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(x), device=x.device)
+        covered = torch.linalg.solve_triangular(torch.linalg.cholesky(gram + ridge), along, upper=False).square().sum(0)
+        return outside, 1 - (self.held * covered).sum() / self.held.sum()
 
 
 def draw_codes(anchors: int, batch: int, labels: Sequence[int], rng: torch.Generator) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
@@ -104,12 +113,14 @@ def loss_terms(
     runner_up = logits.scatter(1, own[:, None], -torch.inf).argmax(1, keepdim=True)
     mu = mu.scatter(1, runner_up, mu.gather(1, runner_up).clamp_min(floor))
     unit = torch.exp(-alpha).detach()
+    span, coverage = teacher.span_mismatch(x)
     return {
         "stationarity": stationarity(teacher.goal, margin_gradient(logits, own, mu, teacher.zeta, create_graph=True)),
         "duality": duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta).mean(),
         "total_variation": total_variation(x),
         "statistics": teacher.statistics_mismatch(),
-        "span": teacher.span_mismatch(x),
+        "span": span,
+        "coverage": coverage,
     }
 
 
@@ -158,7 +169,8 @@ def train(
                 x = g(g.perturb(anchor, rng), y, torch.full_like(y, t))
                 terms = loss_terms(teacher, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
                 loss = loss + terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
-                loss = loss + task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"] + task.span * terms["span"]
+                for extension in ("total_variation", "statistics", "span", "coverage"):
+                    loss = loss + getattr(task, extension) * terms[extension]
                 if step % every == 0 or step == params.steps - 1:
                     rows.append({"step": step, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
                     bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})

@@ -9,9 +9,9 @@ from gbc.pretraining import pretrain
 
 
 def main(params: Params, name: str) -> None:
-    """data/samples/<its data>.safetensors → data/classifiers/<name>/ and data/oracles/<name>/."""
+    """data/samples/<name>.safetensors → data/classifiers/<name>/ and data/oracles/<name>/."""
     task = entry(params.pretrain, name)
-    data = load_tensors(Path(f"data/samples/{task.data}.safetensors"))
+    data = load_tensors(Path(f"data/samples/{name}.safetensors"))
     classifier, curve, oracle = pretrain(task, data, params.seed, device(params))
     save_classifier(Path(f"data/classifiers/{name}"), classifier)
     save_table(Path(f"data/oracles/{name}/curve.csv"), curve)

@@ -1,0 +1,93 @@
+"""Metrics on sets whose scores are known."""
+
+import pytest
+import torch
+
+from gbc.classifier import Classifier
+from gbc.evaluation import Images, accuracy, auc, class_means, diversity, evaluate, leak, score_images, score_points, student_accuracy
+from gbc.generator import Generator
+
+
+def images(count: int, seed: int) -> Images:
+    """Two classes of 13×13 noise around a bright left or right half."""
+    rng = torch.Generator().manual_seed(seed)
+    y = torch.arange(count) % 2
+    base = torch.zeros(2, 13, 13)
+    base[0, :, :6], base[1, :, 7:] = 1, 1
+    return Images((0.5 * base[y] + 0.5 * torch.rand(count, 13, 13, generator=rng)).clamp(0, 1), y)
+
+
+TRAIN, CONTROL, REFERENCE = images(20, 0), images(20, 1), images(30, 2)
+
+
+def test_auc_counts_pairs():
+    assert auc(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 1.0])) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+
+
+def test_a_generator_that_returns_the_training_images_gives_everything_away():
+    scores, best = score_images(TRAIN, TRAIN, CONTROL, REFERENCE)
+    assert scores["ssim_precision"] == pytest.approx(1, abs=1e-5)
+    assert scores["ssim_matched"] == pytest.approx(1, abs=1e-5)
+    assert scores["recall_50"] == 1
+    assert scores["train_control_auc"] == 1
+    assert scores["diversity_ratio"] == pytest.approx(1)
+    assert scores["precision_ratio"] > 1
+    assert scores["leak_60"] == pytest.approx(1 - (best["control"] > 0.6).double().mean().item())
+
+
+def test_the_reference_images_score_as_a_perfect_generator():
+    scores, _ = score_images(REFERENCE, TRAIN, CONTROL, REFERENCE)
+    assert scores["precision_ratio"] == pytest.approx(1)
+    assert scores["recall_ratio"] == pytest.approx(1)
+    assert 0.2 < scores["train_control_auc"] < 0.8
+
+
+def test_class_means_are_precise_without_diversity():
+    means = class_means(TRAIN)
+    torch.testing.assert_close(means.x[0], TRAIN.x[TRAIN.y == 0].mean(0))
+    assert diversity(means) == pytest.approx(0, abs=1e-5)
+    assert diversity(TRAIN) > 0.1
+
+
+def test_leak_is_the_difference_of_shares():
+    assert leak(torch.tensor([0.7, 0.2]), torch.tensor([0.65, 0.61]), 0.6) == -0.5
+
+
+def test_points_are_hit_within_015():
+    train = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    generated = torch.tensor([[0.1, 0.0], [0.0, 0.14], [0.0, 0.2], [5.0, 5.0]])
+    assert score_points(generated, train, torch.tensor([True, True])) == {"within_015": 0.5, "points_hit": 1, "points_active": 2}
+
+
+def test_accuracy_asks_the_classifiers_that_know_the_label():
+    first, second = Classifier("homogeneous", (1,), (2, 2), (0, 1)), Classifier("homogeneous", (1,), (2, 2), (5, 6))
+    for network, favourite in ((first, 0), (second, 1)):
+        with torch.no_grad():
+            network.layers[-1].weight.zero_()[favourite] = 1.0  # type: ignore[union-attr, operator]
+            network.layers[1].weight.fill_(1.0)  # type: ignore[union-attr]
+            network.layers[3].weight.fill_(1.0)  # type: ignore[union-attr]
+    x, y = torch.ones(4, 1), torch.tensor([0, 1, 5, 6])
+    assert accuracy([first, second], x, y) == 0.5
+    assert accuracy([first], x[:2], y[:2]) == 0.5
+
+
+def test_a_student_learns_from_real_images_and_not_from_swapped_labels():
+    assert student_accuracy(TRAIN, REFERENCE, 0) == 1
+    assert student_accuracy(Images(TRAIN.x, 1 - TRAIN.y), REFERENCE, 0) == 0
+
+
+def test_evaluation_has_every_key_of_the_contract():
+    generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
+    classifier = Classifier("batchnorm", (13, 13), (8, 8), (0, 1))
+    data = {f"{role}_{part}": getattr(value, part) for role, value in {"train": TRAIN, "control": CONTROL}.items() for part in "xy"}
+    data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0)}
+    metrics, table, pictures = evaluate(generator, [classifier], [data], [[True] * 20], 40, 0)
+    scores = "ssim_precision ssim_recall ssim_matched precision_ratio recall_ratio diversity_ratio train_control_auc leak_50 leak_60 recall_40 recall_50"
+    assert set(metrics) == {*scores.split(), "accuracy_on_generated", "student_accuracy", "teacher_accuracy", "baselines"}
+    assert set(metrics["baselines"]) == {"class_mean", "untrained", "held_out"}
+    for baseline in metrics["baselines"].values():
+        assert set(baseline) == {"ssim_precision", "ssim_recall", "train_control_auc", "leak_60"}
+    assert metrics["baselines"]["class_mean"]["ssim_precision"] > metrics["baselines"]["untrained"]["ssim_precision"]
+    assert table.groupby("images").size().to_dict() == {"control": 20, "generated": 40, "train": 20}
+    assert pictures["generated"].dtype == torch.uint8
+    assert pictures["nearest"].shape == pictures["generated"].shape

@@ -1,0 +1,89 @@
+"""Generator and multiplier network: shapes, noise, labels, classifier indices."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gbc.artifacts import InputError, save_json
+from gbc.generator import Generator, Multipliers, load_generator, save_generator
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def generator(shape: tuple[int, ...] = (9, 7), known: tuple[tuple[int, ...], ...] = ((0, 1), (1, 5))) -> Generator:
+    return Generator(known, shape, noise=3, anchors=4, spread=0.5, width=16, channels=8).initialise(rng())
+
+
+@pytest.mark.parametrize("shape", [(2,), (28, 28), (25, 25), (3, 32, 32), (9, 7), (1, 6, 11)])
+def test_samples_have_the_classifiers_input_shape(shape: tuple[int, ...]):
+    x, y = generator(shape).sample(7, rng())
+    assert x.shape == (7, *shape)
+    if len(shape) > 1:
+        assert x.min() >= 0
+        assert x.max() <= 1
+        layers = [type(layer).__name__ for layer in generator(shape).layers]
+        assert layers.count("Linear") == 3
+        assert layers.count("ConvTranspose2d") == 3
+    assert torch.bincount(y, minlength=6)[[0, 1, 5]].tolist() == [3, 3, 1]
+
+
+def test_fresh_noise_is_a_mixture_around_the_anchors():
+    g = generator()
+    anchor = torch.tensor([2]).repeat(20_000)
+    noise = g.perturb(anchor, rng())
+    torch.testing.assert_close(noise.mean(0), g.centres[2], atol=0.02, rtol=0)
+    torch.testing.assert_close(noise.std(0), torch.full((3,), 0.5), atol=0.02, rtol=0)
+
+
+def test_the_classifier_index_is_drawn_from_those_that_know_the_label():
+    g = generator((2,))
+    seen = []
+    g.layers.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    _, y = g.sample(3000, rng())
+    index = seen[0][:, -2:].argmax(1)
+    assert (index[y == 0] == 0).all()
+    assert (index[y == 5] == 1).all()
+    assert 0.4 < index[y == 1].double().mean() < 0.6
+    _, y = g.sample(10, rng(), t=1)
+    assert set(y.tolist()) == {1, 5}
+    assert (seen[1][:, -1] == 1).all()
+
+
+def test_sampling_is_a_function_of_the_seed():
+    g = generator()
+    assert torch.equal(g.sample(5, rng(1))[0], g.sample(5, rng(1))[0])
+    assert not torch.equal(g.sample(5, rng(1))[0], g.sample(5, rng(2))[0])
+
+
+def test_kaiming_keeps_the_scale_of_activations():
+    layers = generator((28, 28), ((0,),))
+    wide = Generator(((0,),), (28, 28), noise=64, anchors=4, spread=0.1, width=256, channels=64).initialise(rng())
+    for module in wide.modules():
+        if isinstance(module, torch.nn.ConvTranspose2d) and module.stride == (2, 2):
+            x = torch.randn(50, module.in_channels, 9, 9, generator=rng())
+            second_moment = (module(x.relu())[..., 4:-4, 4:-4]).square().mean()
+            assert second_moment.item() == pytest.approx(1, rel=0.3)
+    assert layers.training
+
+
+def test_multipliers_are_non_negative_start_alive_and_cover_the_classifiers_classes():
+    h = Multipliers(((0, 1, 2), (2, 7)), (4, 4), 16).initialise(rng())
+    x, y = torch.rand(9, 4, 4), torch.tensor([2] * 9)
+    assert h(x, y, 0).shape == (9, 3)
+    assert h(x, y, 1).shape == (9, 2)
+    assert (h(x, y, 0) > 0.3).all()
+    torch.nn.init.constant_(h.layers[-1].bias, -5.0)  # type: ignore[arg-type]
+    assert (h(x, y, 0) == 0).all()
+
+
+def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Path):
+    g = generator()
+    save_generator(tmp_path, g)
+    assert torch.equal(load_generator(tmp_path).sample(5, rng())[0], g.sample(5, rng())[0])
+    save_json(tmp_path / "architecture.json", {"known": [[0]], "output_shape": [9, 7], "noise": 3, "anchors": 4, "spread": 1, "width": 8, "channels": 8})
+    with pytest.raises(InputError, match="does not fit architecture.json") as error:
+        load_generator(tmp_path)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,105 @@
+"""kkt against per-sample loops, dense solves and the paper's own formulas, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import nnls
+
+from gbc.classifier import Classifier
+from gbc.homogeneity import Homogeneity
+from gbc.kkt import duality, margin_gradient, margins, oracle, smallest_margin, stationarity, target
+
+
+def network(architecture: str, seed: int = 0) -> Classifier:
+    net = Classifier(architecture, (5,), (7, 6), (0, 1, 2))  # type: ignore[arg-type]
+    net.initialise(torch.Generator().manual_seed(seed), 1.0, 1.0)
+    return net.double().freeze()
+
+
+def batch(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, generator=rng, dtype=torch.float64)
+    return x, torch.randint(3, (n,), generator=rng), torch.rand(n, 3, generator=rng, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("architecture", ["homogeneous", "biased", "batchnorm"])
+def test_margin_gradient_equals_a_loop_over_samples_and_classes(architecture):
+    net = network(architecture)
+    x, y, mu = batch(8)
+    zeta = list(net.parameters())
+    slow = [torch.zeros_like(p) for p in zeta]
+    logits = net(x)
+    for i in range(len(x)):
+        for c in range(3):
+            if c != y[i]:
+                pair = torch.autograd.grad(logits[i, y[i]] - logits[i, c], zeta, retain_graph=True)
+                slow = [s + mu[i, c] * g for s, g in zip(slow, pair, strict=True)]
+    fast = margin_gradient(net(x), y, mu, zeta)
+    for a, b in zip(fast, slow, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_stationarity_is_the_least_relative_residual_over_positive_scales():
+    rng = torch.Generator().manual_seed(2)
+    goal = [torch.randn(4, 3, generator=rng, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)]
+    gradient = [goal[0] * 0.3 + 0.1 * torch.randn(4, 3, generator=rng, dtype=torch.float64), torch.full((5,), 0.05, dtype=torch.float64)]
+    flat_goal, flat = (torch.cat([v.flatten() for v in vs]) for vs in (goal, gradient))
+    scanned = min(((flat_goal - s * flat).norm() / flat_goal.norm()).item() for s in torch.linspace(0, 10, 100_001, dtype=torch.float64))
+    assert stationarity(goal, gradient).item() == pytest.approx(scanned, abs=1e-7)
+    assert stationarity(goal, [-g for g in gradient]).item() == pytest.approx(1)
+
+
+def test_stationarity_vanishes_at_a_kkt_point_and_has_eq_5s_sign():
+    # A linear classifier on two points: the maximum-margin weights are x₁ − x₂ up to scale, with equal multipliers.
+    net = torch.nn.Linear(2, 2, bias=False).double()
+    x, y = torch.tensor([[1.0, 0.5], [-1.0, -0.5]]).double(), torch.tensor([0, 1])
+    with torch.no_grad():
+        net.weight.copy_(torch.stack([x[0] - x[1], x[1] - x[0]]))
+    homogeneity = Homogeneity({"weight": 1.0}, 0, 0.0)
+    gradient = margin_gradient(net(x), y, torch.ones(2, 2).double(), list(net.parameters()))
+    assert stationarity(target(net, homogeneity), gradient).item() < 1e-5
+
+
+def test_target_is_zeta_on_z1_and_zero_on_z2():
+    net = network("batchnorm")
+    lam = {name: 0.5 if name.startswith(("layers.5", "layers.7")) else 0.0 for name, _ in net.named_parameters()}
+    for (name, p), goal in zip(net.named_parameters(), target(net, Homogeneity(lam, 0, 0.0)), strict=True):
+        assert torch.equal(goal, p.detach() if lam[name] else torch.zeros_like(p))
+
+
+@settings(deadline=None)
+@given(st.floats(-5, 5), st.floats(-2, 2), st.floats(0, 1))
+def test_duality_is_the_formula_of_figure_2(margin, alpha, delta):
+    expected = max(margin - np.exp(-alpha) - delta, 0) - min(margin - np.exp(-alpha), 0)
+    value = duality(torch.tensor(margin, dtype=torch.float64), torch.tensor(alpha, dtype=torch.float64), delta)
+    assert value.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_smallest_margin_is_against_the_runner_up():
+    logits, y = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]]), torch.tensor([0, 2])
+    assert smallest_margin(logits, y).tolist() == [1.0, -4.0]
+    assert margins(logits, y).tolist() == [[0.0, 2.0, 1.0], [1.0, -4.0, 0.0]]
+
+
+@pytest.mark.parametrize("architecture", ["homogeneous", "batchnorm"])
+def test_oracle_equals_non_negative_least_squares_on_explicit_gradients(architecture):
+    net = network(architecture)
+    x, y, _ = batch(6)
+    names = [name for name, _ in net.named_parameters()]
+    z1 = names if architecture == "homogeneous" else [n for n in names if n.startswith(("layers.5", "layers.7"))]
+    homogeneity = Homogeneity({name: 1.0 if name in z1 else 0.0 for name in names}, 0, 0.0)
+    zeta = [p for name, p in net.named_parameters() if name in z1]
+    columns = []
+    logits = net(x)
+    for i in range(len(x)):
+        for c in range(3):
+            if c != y[i]:
+                pair = torch.autograd.grad(logits[i, y[i]] - logits[i, c], zeta, retain_graph=True)
+                columns.append(torch.cat([g.flatten() for g in pair]).numpy())
+    flat = torch.cat([p.detach().flatten() for p in zeta]).numpy()
+    _, residual = nnls(np.stack(columns, 1), flat)
+    found = oracle(net, homogeneity, x, y, iterations=2000)
+    assert found.residual == pytest.approx(residual / np.linalg.norm(flat), abs=1e-5)
+    assert found.mu.min() >= 0

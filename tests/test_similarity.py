@@ -1,0 +1,27 @@
+"""SSIM against scikit-image's."""
+
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from gbc.similarity import ssim
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (25, 25), (3, 16, 14)])
+def test_ssim_of_all_pairs_equals_scikit_image(shape):
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.rand(5, *shape, generator=rng, dtype=torch.float64), torch.rand(4, *shape, generator=rng, dtype=torch.float64)
+    b[0] = a[1]
+    b[1] = a[2] * 0.5
+    similarity = ssim(a, b, chunk=2)
+    for i in range(len(a)):
+        for j in range(len(b)):
+            expected = structural_similarity(
+                a[i].numpy(),
+                b[j].numpy(),
+                gaussian_weights=True,
+                use_sample_covariance=False,
+                data_range=1,
+                channel_axis=0 if len(shape) == 3 else None,
+            )
+            assert similarity[i, j].item() == pytest.approx(expected, abs=1e-12)

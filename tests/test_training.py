@@ -1,0 +1,152 @@
+"""The generator's loss, term by term, and a training that makes it fall, on small real classifiers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from gbc.artifacts import InputError
+from gbc.classifier import Classifier
+from gbc.datasets import sample
+from gbc.homogeneity import Homogeneity, estimate
+from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
+from gbc.params import GeneratorParams, LambdaParams, PretrainParams, SampleParams, TrainParams
+from gbc.pretraining import pretrain
+from gbc.training import Teacher, draw_codes, loss_terms, total_variation, train
+
+SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rate=1e-3, alpha_learning_rate=1e-2, delta=0.05, gate=50.0)
+
+
+def task(*names: str, **changes: float) -> TrainParams:
+    weights = {"total_variation": 0.0, "statistics": 10.0, "span": 0.0, "coverage": 0.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
+    return TrainParams(classifiers=list(names), anchors=8, batch=24, **(weights | changes))
+
+
+def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
+    data = sample(SampleParams(source="circle", classes=[0, 1, 2], per_class=6 if path == "all" else 3, path=path), 0)
+    settings = PretrainParams(architecture, [32, 32], 0.5, 0.2, 0.001, 0.0, 600, -50.0)
+    network, _, _ = pretrain(settings, data, 0, torch.device("cpu"))
+    return network, estimate(network, (2,), LambdaParams(8, 16), torch.Generator().manual_seed(0)), data
+
+
+def run(classifiers: list[Classifier], homogeneities: list[Homogeneity], settings: TrainParams, steps: int = 300, beta: float = 50.0):
+    params = SimpleNamespace(beta=beta, seed=0, steps=steps, generator=SHARED)
+    return train(params, settings, classifiers, homogeneities, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def test_total_variation_is_the_mean_step_between_neighbours():
+    image = torch.tensor([[[0.0, 1.0], [0.0, 0.5]]])
+    assert total_variation(image).item() == pytest.approx((0 + 0.5) / 2 + (1 + 0.5) / 2)
+    assert total_variation(torch.rand(3, 2)).item() == 0
+
+
+def test_codes_are_spread_evenly_over_labels_and_anchors():
+    anchor, y = draw_codes(4, 24, (3, 5, 9), torch.Generator().manual_seed(0))
+    assert torch.bincount(y).tolist() == [0, 0, 0, 8, 0, 8, 0, 0, 0, 8]
+    for label in (3, 5, 9):
+        assert torch.bincount(anchor[y == label]).tolist() == [2, 2, 2, 2]
+
+
+def test_the_classifiers_own_training_batch_has_no_statistics_mismatch():
+    network, homogeneity, data = toy("all")
+    teacher = Teacher(network, homogeneity, 50.0)
+    teacher.logits(data["train_x"])
+    assert teacher.statistics_mismatch().item() < 1e-6
+    teacher.logits(data["train_x"] + 1)
+    assert teacher.statistics_mismatch().item() > 0.1
+
+
+def test_training_images_span_the_first_layer_both_ways_and_others_do_not():
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.rand(12, 8, 8, generator=rng), torch.arange(12) % 3
+    others = torch.rand(12, 8, 8, generator=rng)
+    settings = PretrainParams("homogeneous", [60, 20], 0.001, 0.3, 0.001, 0.0, 500, -30.0)
+    data = {"train_x": x, "train_y": y, "control_x": others, "control_y": y}
+    network, _, _ = pretrain(settings, data, 0, torch.device("cpu"))
+    names = [name for name, _ in network.named_parameters()]
+    teacher = Teacher(network, Homogeneity(dict.fromkeys(names, 1.0), 0, 0.0), 50.0)
+    (outside, uncovered), (outside_others, uncovered_others) = teacher.span_mismatch(x), teacher.span_mismatch(others)
+    assert outside.item() < 0.01 < outside_others.item()
+    assert uncovered.item() < uncovered_others.item()
+    collapsed = teacher.span_mismatch(x[y].clone())
+    assert collapsed[1].item() > uncovered.item() + 0.1
+
+
+def test_span_mismatch_equals_explicit_projections():
+    network, homogeneity, _ = toy("all")
+    teacher = Teacher(network, homogeneity, 50.0)
+    x = torch.rand(9, 2, generator=torch.Generator().manual_seed(0))
+    weight = network.layers[1].weight.detach().double().numpy()  # type: ignore[union-attr]
+    _, singular, directions = np.linalg.svd(weight, full_matrices=False)
+    held = (singular / np.sort(singular)[(len(singular) - 1) // 2]) ** 2
+    held = held / (1 + held)
+    centred = x.double().numpy() - x.double().numpy().mean(0)
+    energy = (centred**2).sum()
+    inside = sum(h * ((centred @ v) ** 2).sum() for h, v in zip(held, directions, strict=True))
+    gram = centred @ centred.T
+    inverse = np.linalg.inv(gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)))
+    covered = sum(h * (v @ centred.T) @ inverse @ (centred @ v) for h, v in zip(held, directions, strict=True))
+    outside, uncovered = teacher.span_mismatch(x)
+    assert outside.item() == pytest.approx(1 - inside / energy, abs=1e-5)
+    assert uncovered.item() == pytest.approx(1 - covered / held.sum(), abs=1e-4)
+
+
+def test_loss_terms_measure_margins_in_units_of_the_margin_asked_for():
+    network, homogeneity, data = toy("all", "homogeneous")
+    teacher = Teacher(network, homogeneity, 50.0)
+    x, y = data["train_x"], data["train_y"]
+    margin = smallest_margin(network(x), y).detach()
+    alpha = torch.tensor(-2.0, requires_grad=True)
+    terms = loss_terms(teacher, x.clone().requires_grad_(), y, torch.ones(18, 3), alpha, delta=0.1, floor=0.0)
+    relative = margin / np.exp(2)
+    expected = (relative - 1.1).clamp_min(0) + (1 - relative).clamp_min(0)
+    assert terms["duality"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    (slope,) = torch.autograd.grad(terms["duality"], alpha)
+    assert slope.item() == pytest.approx(((relative > 1.1).double() - (relative < 1).double()).mean().item(), abs=1e-6)
+
+
+def test_the_floor_lifts_the_runner_ups_multiplier_only():
+    network, homogeneity, data = toy("all", "homogeneous")
+    teacher = Teacher(network, homogeneity, 50.0)
+    x, y = data["train_x"], data["train_y"]
+    logits = network(x)
+    runner_up = torch.zeros_like(logits).scatter(1, logits.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True), 1.0)
+    floored = loss_terms(teacher, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
+    explicit = stationarity(target(network, homogeneity), margin_gradient(network(x), y, 0.5 * runner_up, list(network.parameters())))
+    assert floored.item() == pytest.approx(explicit.item(), abs=1e-6)
+
+
+def test_a_generator_is_born_and_its_samples_are_what_the_classifier_expects():
+    network, homogeneity, data = toy("all")
+    generator, history, seconds = run([network], [homogeneity], task("toy"))
+    x, y = generator.sample(600, torch.Generator().manual_seed(1))
+    assert history["statistics"].iloc[-1] < 0.3 * history["statistics"].iloc[0]
+    assert history["stationarity"].iloc[-1] < history["stationarity"].iloc[0]
+    with torch.no_grad():
+        assert (network.eval()(x).argmax(1) == y).double().mean() > 0.9
+    assert seconds > 0
+    assert len(history) <= 302
+
+
+def test_training_is_reproducible_to_the_byte_and_leaves_the_classifier_alone():
+    network, homogeneity, _ = toy("all")
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    states = [run([network], [homogeneity], task("toy"), steps=20)[0].state_dict() for _ in range(2)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+def test_several_classifiers_have_an_alpha_each_and_share_one_generator():
+    halves = [toy("even"), toy("odd"), toy("all")]
+    generator, history, _ = run([h[0] for h in halves], [h[1] for h in halves], task("toy_1", "toy_2", "toy"), steps=30)
+    assert sorted(history["classifier"].unique()) == [0, 1, 2]
+    assert history.groupby("classifier")["alpha"].last().nunique() == 3
+    assert generator.known == ((0, 1, 2),) * 3
+
+
+def test_classifiers_of_different_shapes_are_refused():
+    network, homogeneity, _ = toy("all")
+    other = Classifier("batchnorm", (3,), (4, 4), (0, 1))
+    with pytest.raises(InputError, match="take inputs of different shapes"):
+        run([network, other], [homogeneity, homogeneity], task("toy", "other"), steps=1)
