@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gbc.artifacts import InputError, load_json, load_tensors, save_json, save_tensors
-
-Architecture = Literal["homogeneous", "biased", "batchnorm"]
 
 
 class SmoothGateReLU(nn.Module):
@@ -38,7 +35,7 @@ class Classifier(nn.Module):
     biases by batch normalisation and has none in the last layer. `labels` names the classes behind the logits.
     """
 
-    def __init__(self, architecture: Architecture, input_shape: tuple[int, ...], hidden: tuple[int, ...], labels: tuple[int, ...]):
+    def __init__(self, architecture: str, input_shape: tuple[int, ...], hidden: tuple[int, ...], labels: tuple[int, ...]):
         super().__init__()
         self.architecture, self.input_shape, self.hidden, self.labels = architecture, input_shape, hidden, labels
         widths = [math.prod(input_shape), *hidden]
@@ -109,8 +106,9 @@ def load_classifier(folder: Path) -> Classifier:
     description = load_json(folder / "architecture.json")
     weights = load_tensors(folder / "weights.safetensors")
     try:
-        network = Classifier(**{key: tuple(value) if isinstance(value, list) else value for key, value in description.items()})
+        shape, hidden, labels = (tuple(description[key]) for key in ("input_shape", "hidden", "labels"))
+        network = Classifier(description["architecture"], shape, hidden, labels)
         network.load_state_dict(weights)
-    except (TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{folder}: weights.safetensors does not fit architecture.json ({' '.join(str(error).split())})") from error
     return network

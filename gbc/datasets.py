@@ -55,7 +55,9 @@ def _npz(params: SampleParams) -> Pool:
         raise InputError(f"{params.path}: labels {labels.shape} do not match images {images.shape}; one integer label per image is needed")
     if images.dtype == np.uint8:
         images = images / np.float32(255)
-    if not (np.issubdtype(images.dtype, np.floating) and images.min() >= 0 and images.max() <= 1 and np.issubdtype(labels.dtype, np.integer)):
+    if not (
+        np.issubdtype(images.dtype, np.floating) and images.min() >= 0 and images.max() <= 1 and np.issubdtype(labels.dtype, np.integer)
+    ):
         raise InputError(f"{params.path}: images must be uint8, or float in [0, 1], and labels integers")
     return _pool(images.astype(np.float32), labels)
 
@@ -66,7 +68,9 @@ def _torchvision(params: SampleParams) -> Pool:
         data = MNIST(params.path, train=True, download=True)
     except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{params.path}: no MNIST there and none could be fetched ({reason}); place its files in {params.path}/MNIST/raw") from error
+        raise InputError(
+            f"{params.path}: no MNIST there and none could be fetched ({reason}); place its files in {params.path}/MNIST/raw"
+        ) from error
     return _pool(data.data.numpy() / np.float32(255), data.targets.numpy())
 
 
@@ -82,11 +86,13 @@ def _celeba(params: SampleParams) -> Pool:
     """
     transform = Compose([CenterCrop(178), Resize((CELEBA_SIZE, CELEBA_SIZE), antialias=True), PILToTensor()])
     try:
-        data = CelebA(params.path, split="train", target_type="attr", transform=transform, download=not Path(params.path, "celeba").exists())
+        data = CelebA(
+            params.path, split="train", target_type="attr", transform=transform, download=not Path(params.path, "celeba").exists()
+        )
     except (OSError, RuntimeError, ImportError) as error:
         raise InputError(
             f"{params.path}/celeba: no whole copy of CelebA there; place img_align_celeba/, list_attr_celeba.txt, identity_CelebA.txt, "
-            "list_bbox_celeba.txt, list_landmarks_align_celeba.txt and list_eval_partition.txt in it, or `pip install gbc[celeba]` to fetch it"
+            "list_bbox_celeba.txt, list_landmarks_align_celeba.txt and list_eval_partition.txt there, or `pip install gdown` to fetch them"
         ) from error
     if params.attribute not in data.attr_names:
         raise InputError(f"CelebA has no attribute {params.attribute!r}; it has {', '.join(filter(None, data.attr_names))}")

@@ -45,7 +45,7 @@ def diversity(images: Images, per_class: int = 50) -> float:
     """Mean of 1 − SSIM over pairs of different images of one class, averaged over classes."""
     values = []
     for label in images.y.unique():
-        similarity = ssim(*[images.x[images.y == label][:per_class]] * 2)
+        similarity = ssim(images.x[images.y == label][:per_class], images.x[images.y == label][:per_class])
         pairs = ~torch.eye(len(similarity), dtype=torch.bool)
         values.append(1 - similarity[pairs].mean())
     return torch.stack(values).mean().item()
@@ -118,7 +118,9 @@ def student_accuracy(generated: Images, test: Images, seed: int) -> float:
     """Accuracy on `test` of a two-layer network trained on `generated` alone (Adam, full batch)."""
     rng = torch.Generator().manual_seed(seed)
     labels = generated.y.unique()
-    student = nn.Sequential(nn.Flatten(), nn.Linear(generated.x[0].numel(), STUDENT_WIDTH), nn.ReLU(), nn.Linear(STUDENT_WIDTH, len(labels)))
+    student = nn.Sequential(
+        nn.Flatten(), nn.Linear(generated.x[0].numel(), STUDENT_WIDTH), nn.ReLU(), nn.Linear(STUDENT_WIDTH, len(labels))
+    )
     for layer in student:
         if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, generator=rng)
@@ -153,7 +155,7 @@ def to_uint8(images: Tensor) -> Tensor:
 def evaluate_images(
     generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], samples: int, seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
-    """Metrics, the table of best SSIMs behind them, and pictures: the first generated images of each class with their nearest training images.
+    """Metrics, the table of best SSIMs behind them, and pictures: the first images of each class and the nearest training image of each.
 
     `data` holds the training, control and reference images of all classifiers together.
     """
@@ -180,13 +182,25 @@ def evaluate_images(
 
 
 def evaluate_points(
-    generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], active: Bool[Tensor, " points"], samples: int, seed: int
+    generator: Generator,
+    classifiers: Sequence[Classifier],
+    data: Mapping[str, Tensor],
+    active: Bool[Tensor, " points"],
+    samples: int,
+    seed: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Toy metrics, and what the toy's figures show: training points, the classifiers' landscapes, samples free and by classifier."""
     x, y = generator.sample(samples, torch.Generator().manual_seed(seed))
     ticks = torch.linspace(-EXTENT, EXTENT, GRID)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
-    pictures = {"extent": torch.tensor(EXTENT), "train_x": data["train_x"], "train_y": data["train_y"], "active": active, "samples_x": x, "samples_y": y}
+    pictures = {
+        "extent": torch.tensor(EXTENT),
+        "train_x": data["train_x"],
+        "train_y": data["train_y"],
+        "active": active,
+        "samples_x": x,
+        "samples_y": y,
+    }
     for t, network in enumerate(classifiers):
         with torch.no_grad():
             pictures[f"landscape_{t}"] = network.eval()(plane).argmax(1).reshape(GRID, GRID).to(torch.uint8)
@@ -196,7 +210,12 @@ def evaluate_points(
 
 
 def evaluate(
-    generator: Generator, classifiers: Sequence[Classifier], samples: Sequence[Mapping[str, Tensor]], active: Sequence[list[bool]], count: int, seed: int
+    generator: Generator,
+    classifiers: Sequence[Classifier],
+    samples: Sequence[Mapping[str, Tensor]],
+    active: Sequence[list[bool]],
+    count: int,
+    seed: int,
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
     """Score a generator on `count` samples from fresh noise against its classifiers' datasets, and `active` training points.
 

@@ -27,7 +27,6 @@ DPI = 150
 COLUMNS = 20  # of a grid of images
 
 
-
 def save_figure(path: Path, figure: Figure) -> None:
     """Write a PNG whose bytes depend on nothing but the figure."""
     buffer = io.BytesIO()
@@ -84,11 +83,20 @@ def _landscape(axes: Axes, classes: np.ndarray, extent: float, title: str) -> No
     edge[:-1] |= classes[:-1] != classes[1:]
     edge[:, :-1] |= classes[:, :-1] != classes[:, 1:]
     shades = ListedColormap([sns.light_palette(color, 5)[3] for color in sns.color_palette()[: classes.max() + 1]])
-    axes.imshow(np.ma.masked_where(edge, classes), origin="lower", extent=(-extent, extent, -extent, extent), cmap=shades, vmin=0, vmax=classes.max())
+    axes.imshow(
+        np.ma.masked_where(edge, classes),
+        origin="lower",
+        extent=(-extent, extent, -extent, extent),
+        cmap=shades,
+        vmin=0,
+        vmax=classes.max(),
+    )
     axes.set_title(title, fontsize=9)
 
 
-def _points(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, active: np.ndarray | None = None, behind: np.ndarray | None = None) -> None:
+def _points(
+    axes: Axes, x: np.ndarray, y: np.ndarray, title: str, active: np.ndarray | None = None, behind: np.ndarray | None = None
+) -> None:
     """Points coloured by class; inactive ones hollow; `behind` marks the training points under generated ones."""
     if behind is not None:
         axes.scatter(*behind.T, s=40, facecolors="none", edgecolors="black", linewidths=0.6, zorder=3)
@@ -98,7 +106,7 @@ def _points(axes: Axes, x: np.ndarray, y: np.ndarray, title: str, active: np.nda
         axes.scatter(*x.T, s=size, c=colors, linewidths=0)
     else:
         axes.scatter(*x[active].T, s=size, c=colors[active])
-        axes.scatter(*x[~active].T, s=size, facecolors="none", edgecolors=colors[~active])
+        axes.scatter(*x[~active].T, s=size, facecolors="none", edgecolors=list(colors[~active]))
     axes.set_title(title, fontsize=9)
 
 
@@ -177,7 +185,7 @@ def ssim_distribution(tables: Mapping[str, pd.DataFrame]) -> Figure:
     rows = math.ceil(len(tables) / columns)
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
     for axes, (name, table) in zip(figure.subplots(rows, columns, squeeze=False).flat, tables.items(), strict=False):
-        shown = table[table["images"] != "generated"]
+        shown = table.query("images != 'generated'")
         sns.ecdfplot(shown, x="ssim", hue="images", hue_order=["train", "control"], complementary=True, ax=axes)
         axes.set(title=name, xlabel="best SSIM over generated images", ylabel="share of images above", xlim=(0, 1))
     for axes in figure.axes[len(tables) :]:
@@ -213,7 +221,10 @@ def draw(
     descents: Mapping[str, pd.DataFrame],
 ) -> dict[str, Figure]:
     """Every figure of the report, by file name; the paper's first. All mappings are by generator or classifier name."""
-    figures = {"fig2_duality": fig2_duality(), "fig3_lambda": fig3_lambda(scalings, {name: lam["violation"] for name, lam in lambdas.items()})}
+    figures = {
+        "fig2_duality": fig2_duality(),
+        "fig3_lambda": fig3_lambda(scalings, {name: lam["violation"] for name, lam in lambdas.items()}),
+    }
     if "toy" in pictures:
         figures["fig4_toy"] = fig4_toy(pictures["toy"])
     if {"toy_1", "toy_2", "toy_pair"} <= set(pictures):
@@ -221,7 +232,9 @@ def draw(
     images = [name for name in pictures if "generated" in pictures[name]]
     for name in images:
         file = IMAGE_FIGURES.get(name, f"fig7_{name}" if name.startswith("celeba_") else f"samples_{name}")
-        figures[file] = fig_images(pictures[name]["generated"], pictures[name]["nearest"], f"{name}: odd rows generated, even rows nearest training image")
+        figures[file] = fig_images(
+            pictures[name]["generated"], pictures[name]["nearest"], f"{name}: odd rows generated, even rows nearest training image"
+        )
     figures = dict(sorted(figures.items()))
     figures["pretraining_curves"] = pretraining_curves(descents)
     figures["loss_curves"] = loss_curves(histories, {name: values["oracle_residual"] for name, values in metrics.items()})

@@ -39,7 +39,14 @@ class Generator(nn.Module):
     labels: Tensor
 
     def __init__(
-        self, known: tuple[tuple[int, ...], ...], output_shape: tuple[int, ...], noise: int, anchors: int, spread: float, width: int, channels: int
+        self,
+        known: tuple[tuple[int, ...], ...],
+        output_shape: tuple[int, ...],
+        noise: int,
+        anchors: int,
+        spread: float,
+        width: int,
+        channels: int,
     ):
         super().__init__()
         self.known, self.output_shape, self.noise, self.anchors, self.spread = known, output_shape, noise, anchors, spread

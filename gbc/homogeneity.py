@@ -51,12 +51,12 @@ def euler_system(
     directions = [torch.randn(p.shape, generator=rng, dtype=p.dtype) for p in zeta]
     rows, rhs = [], []
     for batch in x:
-        logits = network(batch)
-        for value in logits[0]:  # one sample's logits; under batch normalisation they depend on the whole batch
-            gradient = torch.autograd.grad(value, zeta, create_graph=True)
+        logits = network(batch)[0]  # one sample's logits; under batch normalisation they depend on the whole batch
+        gradients = [torch.autograd.grad(value, zeta, create_graph=True) for value in logits]
+        for value, gradient in zip(logits, gradients, strict=True):
             rows.append([(p * d).sum().item() for p, d in zip(zeta, gradient, strict=True)])
             rhs.append(value.item())
-        for k, (direction, d) in enumerate(zip(directions, gradient, strict=True)):  # of the last class
+        for k, (direction, d) in enumerate(zip(directions, gradients[-1], strict=True)):
             slope = (direction * d).sum()
             second = torch.autograd.grad(slope, zeta, retain_graph=True, allow_unused=True) if slope.requires_grad else [None] * len(zeta)
             row = [0.0 if s is None else (p * s).sum().item() for p, s in zip(zeta, second, strict=True)]
@@ -90,7 +90,9 @@ def choose_lambda(rows: Float[np.ndarray, "equations groups"], rhs: Float[np.nda
     lam_max = bound.x[-1]
     # The smallest norm: bounded least squares with the equations weighted heavily finds which bounds are active, and those
     # being known, the rest is the minimum-norm solution of the equations.
-    rough = lsq_linear(np.vstack([EQUATION_WEIGHT * a, np.eye(groups)]), np.append(EQUATION_WEIGHT * b, np.zeros(groups)), (0, lam_max), "bvls").x
+    rough = lsq_linear(
+        np.vstack([EQUATION_WEIGHT * a, np.eye(groups)]), np.append(EQUATION_WEIGHT * b, np.zeros(groups)), (0, lam_max), "bvls"
+    ).x
     lam = np.where(rough > lam_max - 1e-5, lam_max, np.where(rough < 1e-5, 0.0, rough))
     free = (lam > 0) & (lam < lam_max)
     lam[free] = np.linalg.lstsq(a[:, free], b - a[:, ~free] @ lam[~free], rcond=None)[0]

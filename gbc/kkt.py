@@ -99,7 +99,9 @@ def oracle(network: nn.Module, homogeneity: Homogeneity, x: Tensor, y: Tensor, i
 
     size = margins(logits, y)[wrong].abs().mean().item()
     start = np.full(pairs, norm.item() / (pairs * size))  # by Euler's equation, about the right sum of μ
-    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * pairs, options={"maxiter": iterations, "maxcor": 30})
+    best = minimize(
+        objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * pairs, options={"maxiter": iterations, "maxcor": 30}
+    )
     mu = np.zeros(wrong.shape)
     mu[wrong.cpu().numpy()] = best.x
     return Oracle(float(np.sqrt(best.fun)), mu)

@@ -59,7 +59,9 @@ def metrics_table(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     points = [name for name, values in metrics.items() if "points_hit" in values]
     parts = [table.loc[points], table.drop(index=points)]
     return "".join(
-        '<div class="wide">' + part.dropna(axis="columns", how="all").to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0) + "</div>"
+        '<div class="wide">'
+        + part.dropna(axis="columns", how="all").to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0)
+        + "</div>"
         for part in parts
         if len(part)
     )

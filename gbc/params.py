@@ -110,7 +110,7 @@ class EvaluateParams:
     samples: int = ranged(1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Params:
     """The whole of params.yaml."""
 
@@ -136,7 +136,7 @@ class Params:
 
 def _fill(kind: Any, value: Any, name: str, allowed: Mapping[str, Any]) -> Any:
     """`value` as a `kind`, a dataclass or an annotation of one of its fields; raises `InputError` with the full `name` of what is wrong."""
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         fields = {part.name: part for part in dataclasses.fields(kind)}
         prefix = f"{name}." if name else ""
         if unknown := sorted(set(map(str, value)) - set(fields)):
@@ -145,7 +145,9 @@ def _fill(kind: Any, value: Any, name: str, allowed: Mapping[str, Any]) -> Any:
         if missing := sorted(required - set(map(str, value))):
             raise InputError(f"{prefix}{missing[0]} is missing")
         hints = get_type_hints(kind)
-        return kind(**{str(key): _fill(hints[str(key)], inner, f"{prefix}{key}", fields[str(key)].metadata) for key, inner in value.items()})
+        return kind(
+            **{str(key): _fill(hints[str(key)], inner, f"{prefix}{key}", fields[str(key)].metadata) for key, inner in value.items()}
+        )
     if get_origin(kind) is dict and isinstance(value, Mapping):
         return {str(key): _fill(get_args(kind)[1], inner, f"{name}.{key}", allowed) for key, inner in value.items()}
     if get_origin(kind) is list and isinstance(value, list):

@@ -37,7 +37,7 @@ class Progress:
 
 
 def log_loss(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
-    """log Σ_i cross-entropy(x_i), exact far below the smallest float: a log-loss of −1000 is as good as one of −1."""
+    """Logarithm of Σ_i cross-entropy(x_i), exact far below the smallest float: a log-loss of −1000 is as good as one of −1."""
     others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
     z = others.logsumexp(1) - logits.gather(1, y[:, None])[:, 0]  # the cross-entropy is log(1 + e^z)
     log_cross_entropy = torch.where(z < -15, z - z.clamp_max(-15).exp() / 2, F.softplus(z.clamp_min(-15)).log())
@@ -89,7 +89,9 @@ def oracle_residual(network: Classifier, x: Tensor, y: Int[Tensor, " batch"]) ->
     return oracle(network, homogeneity, x, y)
 
 
-def pretrain(params: PretrainParams, data: dict[str, Tensor], seed: int, device: torch.device) -> tuple[Classifier, pd.DataFrame, dict[str, Any]]:
+def pretrain(
+    params: PretrainParams, data: dict[str, Tensor], seed: int, device: torch.device
+) -> tuple[Classifier, pd.DataFrame, dict[str, Any]]:
     """Train a classifier on sampled images until log-loss ≤ `stop_log_loss`, at most `max_steps` steps.
 
     Returns it with the curve of its descent (the oracle residual at every doubling of the step), and with what its images have to do
@@ -101,6 +103,7 @@ def pretrain(params: PretrainParams, data: dict[str, Tensor], seed: int, device:
     network.initialise(torch.Generator().manual_seed(seed), params.first_scale, params.rest_scale)
     network.to(device)
     rows: list[dict[str, float]] = []
+    progress = Progress(0, math.inf, -math.inf, params.step_size)
     with tqdm(total=params.max_steps, desc="descent", mininterval=1) as bar:
         for progress in descend(network, x, y, params):
             bar.update(progress.step + 1 - bar.n)

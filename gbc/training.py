@@ -58,11 +58,12 @@ class Teacher:
         return self.network(x)
 
     def statistics_mismatch(self) -> Float[Tensor, ""]:
-        """Mean squared difference between the batch's mean and deviation and the running ones, in running deviations; summed over layers."""
+        """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers."""
         total = self.goal[0].new_zeros(())
         for module, z in zip(self.norms, self.inputs, strict=True):
             variance, mean = torch.var_mean(z, 0)
-            assert module.running_mean is not None and module.running_var is not None
+            assert module.running_mean is not None
+            assert module.running_var is not None
             shift = (mean - module.running_mean).square() / module.running_var
             stretch = ((variance / module.running_var).clamp_min(1e-8).sqrt() - 1).square()
             total = total + shift.mean() + stretch.mean()
@@ -85,7 +86,9 @@ class Teacher:
         return outside, 1 - (self.held * covered).sum() / self.held.sum()
 
 
-def draw_codes(anchors: int, batch: int, labels: Sequence[int], rng: torch.Generator) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+def draw_codes(
+    anchors: int, batch: int, labels: Sequence[int], rng: torch.Generator
+) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
     """Anchors and labels of one batch: every label equally often, and for each label every anchor as equally often as possible."""
     share = batch // len(labels)
     rounds = -(-share // anchors)
@@ -148,7 +151,7 @@ def train(
     known = tuple(classifier.labels for classifier in classifiers)
     g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
     h = Multipliers(known, shape, shared.width).initialise(rng)
-    g, h = g.to(device, memory_format=torch.channels_last), h.to(device)
+    g, h = g.to(device).to(memory_format=torch.channels_last), h.to(device)  # type: ignore[call-overload]
     teachers = [Teacher(c.to(device), homogeneity, shared.gate) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, teacher, task, t, rng) for t, teacher in enumerate(teachers)]).requires_grad_()
     trained = [*g.parameters(), *h.parameters(), alpha]

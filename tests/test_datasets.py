@@ -71,7 +71,9 @@ def test_torchvision_reads_the_original_files(tmp_path):
         (raw / f"{stem}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
     data = drawn("torchvision", [3, 7], 2, str(tmp_path))
     assert data["train_x"].shape == (4, 28, 28)
-    assert all((images[labels == y] == (x * 255).round().numpy()).all((1, 2)).any() for x, y in zip(data["train_x"], data["train_y"], strict=True))
+    assert all(
+        (images[labels == y] == (x * 255).round().numpy()).all((1, 2)).any() for x, y in zip(data["train_x"], data["train_y"], strict=True)
+    )
 
 
 def celeba(root, count: int = 12) -> None:

@@ -80,9 +80,10 @@ def test_evaluation_has_every_key_of_the_contract():
     generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
     classifier = Classifier("batchnorm", (13, 13), (8, 8), (0, 1))
     data = {f"{role}_{part}": getattr(value, part) for role, value in {"train": TRAIN, "control": CONTROL}.items() for part in "xy"}
-    data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0)}
+    data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0, dtype=torch.long)}
     metrics, table, pictures = evaluate(generator, [classifier], [data], [[True] * 20], 40, 0)
-    scores = "ssim_precision ssim_recall ssim_matched precision_ratio recall_ratio diversity_ratio train_control_auc leak_50 leak_60 recall_40 recall_50"
+    scores = "ssim_precision ssim_recall ssim_matched precision_ratio recall_ratio diversity_ratio train_control_auc "
+    scores += "leak_50 leak_60 recall_40 recall_50"
     assert set(metrics) == {*scores.split(), "accuracy_on_generated", "student_accuracy", "teacher_accuracy", "baselines"}
     assert set(metrics["baselines"]) == {"class_mean", "untrained", "held_out"}
     for baseline in metrics["baselines"].values():

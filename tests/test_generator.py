@@ -83,7 +83,10 @@ def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Pat
     g = generator()
     save_generator(tmp_path, g)
     assert torch.equal(load_generator(tmp_path).sample(5, rng())[0], g.sample(5, rng())[0])
-    save_json(tmp_path / "architecture.json", {"known": [[0]], "output_shape": [9, 7], "noise": 3, "anchors": 4, "spread": 1, "width": 8, "channels": 8})
+    save_json(
+        tmp_path / "architecture.json",
+        {"known": [[0]], "output_shape": [9, 7], "noise": 3, "anchors": 4, "spread": 1, "width": 8, "channels": 8},
+    )
     with pytest.raises(InputError, match="does not fit architecture.json") as error:
         load_generator(tmp_path)
     assert "\n" not in str(error.value)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from gbc.artifacts import InputError
@@ -54,13 +55,15 @@ def test_an_unknown_task_is_refused_with_the_known_ones():
         entry(load_params([]).sample, "cats")
 
 
-def test_cuda_is_not_silently_replaced():
-    params = load_params(["device=cuda"])
-    try:
-        assert device(params).type == "cuda"
-    except InputError as error:
-        assert "device=cuda, but PyTorch finds no CUDA device" in str(error)
+def test_the_device_is_what_was_asked_for():
     assert device(load_params(["device=cpu"])).type == "cpu"
+    assert device(load_params(["device=auto"])).type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asserts what happens where there is no CUDA device")
+def test_cuda_is_not_silently_replaced():
+    with pytest.raises(InputError, match="device=cuda, but PyTorch finds no CUDA device"):
+        device(load_params(["device=cuda"]))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -83,7 +84,7 @@ def test_pretraining_returns_a_classifier_its_curve_and_its_oracle():
     assert network.labels == (0, 1, 2)
     assert facts["heldout_accuracy"] == 1
     assert curve["oracle_residual"].iloc[-1] == pytest.approx(facts["residual"])
-    assert (curve["log_loss"].diff().dropna() <= 1e-2).all()
+    assert np.diff(curve["log_loss"]).max() <= 1e-2
     network.train()
     batch = network.layers[1](network.layers[0](clouds()["train_x"]))
     torch.testing.assert_close(network.layers[2].running_mean, batch.mean(0))
