@@ -21,8 +21,8 @@ lint: $(VENV)/installed
 
 # Params, code, dvc.lock and reports/ are in step, and the committed evaluations redraw the committed report, byte for byte.
 check: $(VENV)/installed
-	plan=$$(dvc repro --dry --allow-missing); echo "$$plan"; ! grep "^Running stage" <<<"$$plan"
 	dvc pull --quiet data/evaluations data/histories data/lambda data/oracles
+	plan=$$(dvc repro --dry --allow-missing); echo "$$plan"; ! grep "^Running stage" <<<"$$plan"
 	python -m stages.report
 	git diff --exit-code --stat reports
 

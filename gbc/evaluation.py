@@ -29,10 +29,22 @@ class Images:
     x: Float[Tensor, "n *shape"]
     y: Int[Tensor, " n"]
 
-    def first(self, count: int) -> "Images":
-        """The first `count` images of every class."""
-        keep = torch.cat([torch.nonzero(self.y == label)[:count, 0] for label in self.y.unique()])
-        return Images(self.x[keep], self.y[keep])
+    def first(self, count: int) -> Int[Tensor, " kept"]:
+        """Indices of the first `count` images of every class."""
+        return torch.cat([torch.nonzero(self.y == label)[:count, 0] for label in self.y.unique()])
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """SSIM of every image of a set with every training and every control image."""
+
+    train: Float[Tensor, "n train"]
+    control: Float[Tensor, "n control"]
+
+
+def compare(images: Images, train: Images, control: Images) -> Similarities:
+    """SSIM of `images` with the training and with the control images."""
+    return Similarities(ssim(images.x, train.x), ssim(images.x, control.x))
 
 
 def auc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
@@ -51,14 +63,11 @@ def diversity(images: Images, per_class: int = 50) -> float:
     return torch.stack(values).mean().item()
 
 
-def similarity_scores(train_best: Tensor, control_best: Tensor, precision: Tensor) -> dict[str, float]:
-    """The four scores that baselines share with generators.
-
-    `train_best` and `control_best` are the best SSIM of every training and every control image over the generated ones,
-    `precision` the best SSIM of every generated image over the training ones.
-    """
+def shared_scores(similarities: Similarities) -> dict[str, float]:
+    """The four scores that baselines share with generators: precision, recall, and what is given away."""
+    train_best, control_best = similarities.train.amax(0), similarities.control.amax(0)
     return {
-        "ssim_precision": precision.mean().item(),
+        "ssim_precision": similarities.train.amax(1).mean().item(),
         "ssim_recall": train_best.mean().item(),
         "train_control_auc": auc(train_best, control_best),
         "leak_60": leak(train_best, control_best, 0.6),
@@ -70,27 +79,24 @@ def leak(train_best: Tensor, control_best: Tensor, threshold: float) -> float:
     return ((train_best > threshold).double().mean() - (control_best > threshold).double().mean()).item()
 
 
-def score_images(generated: Images, train: Images, control: Images, reference: Images) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """All similarity metrics of generated images, and the best SSIM of every training and control image behind them.
+def score_images(generated: Images, ours: Similarities, reference: Images, real: Similarities, train: Images) -> dict[str, float]:
+    """All similarity metrics of generated images, whose similarities are `ours`.
 
-    `reference` are real images seen by neither classifier nor controls, scored in the same way and number: a perfect generator.
+    `reference` are real images that neither the classifier nor the controls have seen, with similarities `real`. Scored in the same
+    way and number, they are a perfect generator.
     """
-    similarity = ssim(generated.x, train.x)
-    best = {"train": similarity.amax(0), "control": ssim(generated.x, control.x).amax(0), "generated": similarity.amax(1)}
-    scores = similarity_scores(best["train"], best["control"], best["generated"])
     count = min(int((part.y == label).sum()) for part in (generated, reference) for label in train.y.unique())
-    ours = ssim(generated.first(count).x, train.x)
-    real = ssim(reference.first(count).x, train.x)
-    matched = linear_sum_assignment(similarity.numpy(), maximize=True)
-    return scores | {
-        "ssim_matched": similarity[matched].mean().item(),
-        "precision_ratio": (ours.amax(1).mean() / real.amax(1).mean()).item(),
-        "recall_ratio": (ours.amax(0).mean() / real.amax(0).mean()).item(),
+    fair, perfect = ours.train[generated.first(count)], real.train[reference.first(count)]
+    train_best, control_best = ours.train.amax(0), ours.control.amax(0)
+    return shared_scores(ours) | {
+        "ssim_matched": ours.train[linear_sum_assignment(ours.train.numpy(), maximize=True)].mean().item(),
+        "precision_ratio": (fair.amax(1).mean() / perfect.amax(1).mean()).item(),
+        "recall_ratio": (fair.amax(0).mean() / perfect.amax(0).mean()).item(),
         "diversity_ratio": diversity(generated) / diversity(train),
-        "leak_50": leak(best["train"], best["control"], 0.5),
-        "recall_40": (best["train"] > 0.4).double().mean().item(),
-        "recall_50": (best["train"] > 0.5).double().mean().item(),
-    }, best
+        "leak_50": leak(train_best, control_best, 0.5),
+        "recall_40": (train_best > 0.4).double().mean().item(),
+        "recall_50": (train_best > 0.5).double().mean().item(),
+    }
 
 
 def score_points(generated: Float[Tensor, "n 2"], train: Float[Tensor, "points 2"], active: Bool[Tensor, " points"]) -> dict[str, float]:
@@ -135,12 +141,6 @@ def student_accuracy(generated: Images, test: Images, seed: int) -> float:
         return (labels[student(test.x).argmax(1)] == test.y).double().mean().item()
 
 
-def baseline_scores(images: Images, train: Images, control: Images) -> dict[str, float]:
-    """The four shared scores of images that no generator made."""
-    similarity = ssim(images.x, train.x)
-    return similarity_scores(similarity.amax(0), ssim(images.x, control.x).amax(0), similarity.amax(1))
-
-
 def class_means(train: Images) -> Images:
     """Every training image replaced by the mean of its class: what precision alone is won by."""
     means = {label: train.x[train.y == label].mean(0) for label in train.y.unique().tolist()}
@@ -164,21 +164,19 @@ def evaluate_images(
         reference = control
     generated = Images(*generator.sample(samples, torch.Generator().manual_seed(seed)))
     untrained = copy.deepcopy(generator).initialise(torch.Generator().manual_seed(seed))
-    baselines = {
-        "class_mean": class_means(train),
-        "untrained": Images(*untrained.sample(samples, torch.Generator().manual_seed(seed))),
-        "held_out": reference,
-    }
-    scores, best = score_images(generated, train, control, reference)
-    metrics: dict[str, Any] = scores | {
+    baselines = {"class_mean": class_means(train), "untrained": Images(*untrained.sample(samples, torch.Generator().manual_seed(seed)))}
+    ours, real = compare(generated, train, control), compare(reference, train, control)
+    metrics: dict[str, Any] = score_images(generated, ours, reference, real, train) | {
         "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),
         "student_accuracy": student_accuracy(generated, reference, seed),
-        "baselines": {name: baseline_scores(images, train, control) for name, images in baselines.items()},
+        "baselines": {name: shared_scores(compare(images, train, control)) for name, images in baselines.items()}
+        | {"held_out": shared_scores(real)},
     }
+    best = {"train": ours.train.amax(0), "control": ours.control.amax(0), "generated": ours.train.amax(1)}
     table = pd.concat([pd.DataFrame({"images": role, "ssim": values.numpy()}) for role, values in best.items()])
     shown = generated.first(PICTURES // len(train.y.unique()))
-    nearest = train.x[ssim(shown.x, train.x).argmax(1)]
-    return metrics, table, {"generated": to_uint8(shown.x), "nearest": to_uint8(nearest)}
+    nearest = ours.train[shown].argmax(1)
+    return metrics, table, {"generated": to_uint8(generated.x[shown]), "nearest": to_uint8(train.x[nearest])}
 
 
 def evaluate_points(

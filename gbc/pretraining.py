@@ -22,6 +22,7 @@ from gbc.params import LambdaParams, PretrainParams
 GROW, SHRINK = 1.05, 0.5  # of the step size, after an accepted step and after one that raised the loss
 SLACK = 1e-3  # relative rise of the loss that is still accepted, so that rounding does not stop the descent
 CURVE_ROWS = 200  # of the curve, about
+CURVE_ITERATIONS = 60  # of the oracle along the curve; it is run to its end once, at the end of the descent
 ACTIVE = 1e-3  # a multiplier counts as positive above this share of the largest
 ORACLE_INPUTS = LambdaParams(inputs=8, batch=16)
 
@@ -82,11 +83,11 @@ def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: Pr
             p.copy_(start)
 
 
-def oracle_residual(network: Classifier, x: Tensor, y: Int[Tensor, " batch"]) -> Oracle:
+def oracle_of(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], iterations: int = 300) -> Oracle:
     """How well images explain the network's weights as they stand, on Z₁; batch normalisation takes all of `x` as its batch."""
     network = copy.deepcopy(network).freeze()
     homogeneity = estimate(network, network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0))
-    return oracle(network, homogeneity, x, y)
+    return oracle(network, homogeneity, x, y, iterations)
 
 
 def pretrain(
@@ -108,13 +109,13 @@ def pretrain(
         for progress in descend(network, x, y, params):
             bar.update(progress.step + 1 - bar.n)
             row = vars(progress)
-            if progress.step >= 15 and (progress.step + 1).bit_count() == 1:
-                row = row | {"oracle_residual": oracle_residual(network, x, y).residual}
+            if progress.step >= 31 and (progress.step + 1).bit_count() == 1:
+                row = row | {"oracle_residual": oracle_of(network, x, y, CURVE_ITERATIONS).residual}
             if progress.step % max(1, params.max_steps // CURVE_ROWS) == 0 or "oracle_residual" in row:
                 rows.append(row)
                 bar.set_postfix(log_loss=f"{progress.log_loss:.4g}", margin=f"{progress.smallest_margin:.4g}")
     network.settle(x)
-    final = oracle_residual(network, x, y)
+    final = oracle_of(network, x, y)
     rows.append(vars(progress) | {"oracle_residual": final.residual})
     facts: dict[str, Any] = {
         "residual": final.residual,
@@ -127,7 +128,7 @@ def pretrain(
     }
     if len(data["control_x"]):
         control_x, control_y = data["control_x"].to(device), torch.searchsorted(labels, data["control_y"].to(device))
-        facts["heldout_residual"] = oracle_residual(network, control_x, control_y).residual
+        facts["heldout_residual"] = oracle_of(network, control_x, control_y).residual
         with torch.no_grad():
             facts["heldout_accuracy"] = (network.eval()(control_x).argmax(1) == control_y).double().mean().item()
     return network, pd.DataFrame(rows), facts
