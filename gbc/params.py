@@ -87,8 +87,6 @@ class TrainParams:
     batch: int = ranged(2.0)
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)
-    span: float = ranged(0.0)
-    coverage: float = ranged(0.0)
     margin_reward: float = ranged(0.0, 1.0)
     multiplier_floor: float = ranged(0.0, 1.0)
 

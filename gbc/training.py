@@ -18,7 +18,6 @@ from gbc.kkt import duality, margin_gradient, smallest_margin, stationarity, tar
 from gbc.params import Params, TrainParams
 
 HISTORY_ROWS = 200  # of the loss curve, about
-RIDGE = 1e-3  # of the samples' mean energy: a direction that they hold less of does not count as covered
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
 
 
@@ -30,11 +29,9 @@ def total_variation(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, ""]:
 
 
 class Teacher:
-    """One classifier as the generator's loss sees it: fixed weights, Λ̄ζ, and what its training left besides.
+    """One classifier as the generator's loss sees it: fixed weights, Λ̄ζ, and the statistics that batch normalisation keeps.
 
-    Two things that are part of the weights file are used beyond Eqs. 5–7. The running statistics of batch normalisation are those of
-    the training batch. And every gradient of the first layer is Σ_i δ_i x_iᵀ (under batch normalisation with centred x_i), so that,
-    after a small initialisation, its rows lie in the span of the training images.
+    The running statistics are those of the training batch. They are part of the weights file; using them is an extension of the paper.
     """
 
     def __init__(self, network: Classifier, homogeneity: Homogeneity, gate: float):
@@ -47,10 +44,6 @@ class Teacher:
         self.inputs: list[Tensor] = []  # of every batch normalisation, from the last forward pass
         for module in self.norms:
             module.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
-        first = next(module for module in network.modules() if isinstance(module, nn.Linear)).weight.detach()
-        _, singular, self.directions = torch.linalg.svd(first, full_matrices=False)
-        level = singular.median()  # about that of the initialisation, which fills all directions alike
-        self.held = (singular / level).square() / (1 + (singular / level).square())  # in [0, 1], per direction
 
     def logits(self, x: Tensor) -> Float[Tensor, "batch classes"]:
         """Φ(x), remembering what enters every batch normalisation."""
@@ -68,22 +61,6 @@ class Teacher:
             stretch = ((variance / module.running_var).clamp_min(1e-8).sqrt() - 1).square()
             total = total + shift.mean() + stretch.mean()
         return total
-
-    def span_mismatch(self, x: Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """How far the span of the samples is from that of the first layer's rows, both ways, each in [0, 1].
-
-        First the share of the samples' energy outside the directions that the layer holds; then the share of those directions
-        outside the samples' span (with a ridge): many different samples are needed to make that small.
-        """
-        x = x.flatten(1)
-        if self.norms:
-            x = x - x.mean(0)
-        along = x @ self.directions.T
-        outside = 1 - (self.held * along.square()).sum() / x.square().sum()
-        gram = x @ x.T
-        ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(x), device=x.device)
-        covered = torch.linalg.solve_triangular(torch.linalg.cholesky(gram + ridge), along, upper=False).square().sum(0)
-        return outside, 1 - (self.held * covered).sum() / self.held.sum()
 
 
 def draw_codes(
@@ -116,14 +93,11 @@ def loss_terms(
     runner_up = logits.scatter(1, own[:, None], -torch.inf).argmax(1, keepdim=True)
     mu = mu.scatter(1, runner_up, mu.gather(1, runner_up).clamp_min(floor))
     unit = torch.exp(-alpha).detach()
-    span, coverage = teacher.span_mismatch(x)
     return {
         "stationarity": stationarity(teacher.goal, margin_gradient(logits, own, mu, teacher.zeta, create_graph=True)),
         "duality": duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta).mean(),
         "total_variation": total_variation(x),
         "statistics": teacher.statistics_mismatch(),
-        "span": span,
-        "coverage": coverage,
     }
 
 
@@ -172,8 +146,7 @@ def train(
                 x = g(g.perturb(anchor, rng), y, torch.full_like(y, t))
                 terms = loss_terms(teacher, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
                 loss = loss + terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
-                for extension in ("total_variation", "statistics", "span", "coverage"):
-                    loss = loss + getattr(task, extension) * terms[extension]
+                loss = loss + task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"]
                 if step % every == 0 or step == params.steps - 1:
                     rows.append({"step": step, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
                     bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})
