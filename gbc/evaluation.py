@@ -157,10 +157,12 @@ def evaluate_images(
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
     """Metrics, the table of best SSIMs behind them, and pictures: the first images of each class and the nearest training image of each.
 
-    `data` holds the training, control and reference images of all classifiers together.
+    `data` holds the training, control and reference images of all classifiers together. Where the source had no reference
+    images, the held-out baseline has no `train_control_auc` and no `leak_60`.
     """
     train, control, reference = (Images(data[f"{role}_x"], data[f"{role}_y"]) for role in ("train", "control", "reference"))
-    if not len(reference.x):  # the source had no more images: the controls play the perfect generator
+    apart = len(reference.x) > 0
+    if not apart:  # the source had no more images: the controls play the perfect generator, and cannot be their own controls
         reference = control
     generated = Images(*generator.sample(samples, torch.Generator().manual_seed(seed)))
     untrained = copy.deepcopy(generator).initialise(torch.Generator().manual_seed(seed))
@@ -170,7 +172,7 @@ def evaluate_images(
         "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),
         "student_accuracy": student_accuracy(generated, reference, seed),
         "baselines": {name: shared_scores(compare(images, train, control)) for name, images in baselines.items()}
-        | {"held_out": shared_scores(real)},
+        | {"held_out": shared_scores(real) | ({} if apart else {"train_control_auc": None, "leak_60": None})},
     }
     best = {"train": ours.train.amax(0), "control": ours.control.amax(0), "generated": ours.train.amax(1)}
     table = pd.concat([pd.DataFrame({"images": role, "ssim": values.numpy()}) for role, values in best.items()])

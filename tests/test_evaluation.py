@@ -102,6 +102,7 @@ def test_evaluation_has_every_key_of_the_contract():
     assert set(metrics["baselines"]) == {"class_mean", "untrained", "held_out"}
     for baseline in metrics["baselines"].values():
         assert set(baseline) == {"ssim_precision", "ssim_recall", "train_control_auc", "leak_60"}
+    assert metrics["baselines"]["held_out"]["train_control_auc"] is None  # there was no reference beside the controls
     assert metrics["baselines"]["class_mean"]["ssim_precision"] > metrics["baselines"]["untrained"]["ssim_precision"]
     assert table.groupby("images").size().to_dict() == {"control": 20, "generated": 40, "train": 20}
     assert pictures["generated"].dtype == torch.uint8
