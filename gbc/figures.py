@@ -24,7 +24,7 @@ from gbc.params import LambdaParams
 matplotlib.use("Agg")
 sns.set_theme(style="whitegrid", context="paper", palette="colorblind")
 DPI = 150
-COLUMNS = 20  # of a grid of images
+COLUMNS = 20  # of a grid of images, about
 
 
 def save_figure(path: Path, figure: Figure) -> None:
@@ -121,7 +121,7 @@ def fig4_toy(toy: Mapping[str, np.ndarray]) -> Figure:
     data, landscape, samples = figure.subplots(1, 3)
     _points(data, toy["train_x"], toy["train_y"], "(a) training data; filled: carries a multiplier", toy["active"])
     _landscape(landscape, toy["landscape_0"], toy["extent"].item(), "(b) classifier")
-    _points(samples, toy["samples_x"], toy["samples_y"], "(c) 2,000 generated samples; circles: training data", behind=toy["train_x"])
+    _points(samples, toy["samples_x"], toy["samples_y"], f"(c) {len(toy['samples_x']):,} generated samples; circles: training data", behind=toy["train_x"])
     for axes in figure.axes:
         _square(axes, toy["extent"].item())
     return figure
@@ -145,12 +145,19 @@ def fig5_toy_pair(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarr
     return figure
 
 
-def fig_images(generated: np.ndarray, nearest: np.ndarray, title: str) -> Figure:
-    """Odd rows: generated images; even rows: the nearest training image of each, by SSIM. [n, height, width] or with channels, uint8."""
+def fig_images(generated: np.ndarray, nearest: np.ndarray, classes: int, title: str) -> Figure:
+    """Odd rows: generated images; even rows: the nearest training image of each, by SSIM. [n, height, width] or with channels, uint8.
+
+    The images come class by class, as many of each; every class gets columns of its own.
+    """
+    share = max(1, COLUMNS // classes)
+    rows = len(generated) // classes // share
+    order = np.arange(len(generated)).reshape(classes, -1)[:, : rows * share].reshape(classes, rows, share).swapaxes(0, 1).flatten()
+    generated, nearest = generated[order], nearest[order]
     tiles = []
-    for start in range(0, len(generated), COLUMNS):
+    for start in range(0, len(generated), classes * share):
         for images, background in ((generated, 0), (nearest, 255)):
-            row = images[start : start + COLUMNS]
+            row = images[start : start + classes * share]
             row = row if row.ndim == 3 else np.moveaxis(row, 1, -1)
             framed = [np.pad(tile, [(1, 1), (1, 1)] + [(0, 0)] * (tile.ndim - 2), constant_values=background) for tile in row]
             tiles.append(np.concatenate(framed, 1))
@@ -219,6 +226,7 @@ def draw(
     lambdas: Mapping[str, Mapping[str, Any]],
     scalings: Mapping[str, pd.DataFrame],
     descents: Mapping[str, pd.DataFrame],
+    classes: Mapping[str, int],
 ) -> dict[str, Figure]:
     """Every figure of the report, by file name; the paper's first. All mappings are by generator or classifier name."""
     figures = {
@@ -232,9 +240,8 @@ def draw(
     images = [name for name in pictures if "generated" in pictures[name]]
     for name in images:
         file = IMAGE_FIGURES.get(name, f"fig7_{name}" if name.startswith("celeba_") else f"samples_{name}")
-        figures[file] = fig_images(
-            pictures[name]["generated"], pictures[name]["nearest"], f"{name}: odd rows generated, even rows nearest training image"
-        )
+        title = f"{name}: odd rows generated, even rows nearest training image"
+        figures[file] = fig_images(pictures[name]["generated"], pictures[name]["nearest"], classes[name], title)
     figures = dict(sorted(figures.items()))
     figures["pretraining_curves"] = pretraining_curves(descents)
     figures["loss_curves"] = loss_curves(histories, {name: values["oracle_residual"] for name, values in metrics.items()})

@@ -23,9 +23,10 @@ def main(params: Params) -> None:
     lambdas = {name: load_json(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
     scalings = {name: load_table(DATA / "lambda" / name / "scaling.csv") for name in params.pretrain}
     descents = {name: load_table(DATA / "oracles" / name / "curve.csv") for name in params.pretrain}
+    classes = {name: len({y for part in task.classifiers for y in params.sample[part].classes}) for name, task in params.train.items()}
     save_json(REPORTS / "metrics.json", metrics)
     pngs = {}
-    for name, figure in draw(metrics, pictures, tables, histories, lambdas, scalings, descents).items():
+    for name, figure in draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes).items():
         path = REPORTS / "figures" / f"{name}.png"
         save_figure(path, figure)
         pngs[name] = read_bytes(path)
