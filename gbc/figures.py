@@ -121,7 +121,13 @@ def fig4_toy(toy: Mapping[str, np.ndarray]) -> Figure:
     data, landscape, samples = figure.subplots(1, 3)
     _points(data, toy["train_x"], toy["train_y"], "(a) training data; filled: carries a multiplier", toy["active"])
     _landscape(landscape, toy["landscape_0"], toy["extent"].item(), "(b) classifier")
-    _points(samples, toy["samples_x"], toy["samples_y"], f"(c) {len(toy['samples_x']):,} generated samples; circles: training data", behind=toy["train_x"])
+    _points(
+        samples,
+        toy["samples_x"],
+        toy["samples_y"],
+        f"(c) {len(toy['samples_x']):,} generated samples; circles: training data",
+        behind=toy["train_x"],
+    )
     for axes in figure.axes:
         _square(axes, toy["extent"].item())
     return figure

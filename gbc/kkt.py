@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from gbc.homogeneity import Homogeneity
 
+TINY = 1e-30  # keeps the cosine's derivative finite where every multiplier is zero
+
 
 def margins(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " batch"]) -> Float[Tensor, "batch classes"]:
     """m_ic = Φ_{y_i} − Φ_c for every class c; zero at c = y_i."""
@@ -59,7 +61,7 @@ def stationarity(goal: Sequence[Tensor], gradient: Sequence[Tensor]) -> Float[Te
 
     N, the scalar factor of Λ̄ and the scale of μ absorb one another (Eqs. 3–5 fix none of them), so the scale s is the best one.
     """
-    cosine = inner(goal, gradient) / (inner(goal, goal) * inner(gradient, gradient)).sqrt().clamp_min(1e-30)
+    cosine = inner(goal, gradient) / (inner(goal, goal) * inner(gradient, gradient)).clamp_min(TINY).sqrt()
     return (1 - cosine.clamp_min(0).square()).clamp_min(1e-12).sqrt()
 
 

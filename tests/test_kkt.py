@@ -51,6 +51,16 @@ def test_stationarity_is_the_least_relative_residual_over_positive_scales():
     assert stationarity(goal, [-g for g in gradient]).item() == pytest.approx(1)
 
 
+def test_stationarity_of_dead_multipliers_is_one_with_a_finite_gradient():
+    net = network("homogeneous")
+    x, y, _ = batch(4)
+    mu = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
+    zeta = list(net.parameters())
+    residual = stationarity([p.detach() for p in zeta], margin_gradient(net(x), y, mu, zeta, create_graph=True))
+    assert residual.item() == pytest.approx(1)
+    assert torch.isfinite(torch.autograd.grad(residual, mu)[0]).all()
+
+
 def test_stationarity_vanishes_at_a_kkt_point_and_has_eq_5s_sign():
     # A linear classifier on two points: the maximum-margin weights are x₁ − x₂ up to scale, with equal multipliers.
     net = torch.nn.Linear(2, 2, bias=False).double()
