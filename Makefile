@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 
 # Params, code, dvc.lock and reports/ are in step, and the committed evaluations redraw the committed report, byte for byte.
 check: $(VENV)/installed
-	dvc pull --quiet data/evaluations data/histories data/lambda data/oracles
+	dvc pull --quiet --allow-missing --remote evidence
 	plan=$$(dvc repro --dry --allow-missing); echo "$$plan"; ! grep "^Running stage" <<<"$$plan"
 	python -m stages.report
 	git diff --exit-code --stat reports
