@@ -18,7 +18,7 @@ def rng() -> torch.Generator:
 
 
 def classifier(architecture: str) -> Classifier:
-    net = Classifier(architecture, (4,), (9, 8), (0, 1, 2))  # type: ignore[arg-type]
+    net = Classifier(architecture, (4,), (9, 8), (0, 1, 2))
     net.initialise(rng(), 1.0, 1.0)
     with torch.no_grad():
         for name, parameter in net.named_parameters():

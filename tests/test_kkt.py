@@ -13,7 +13,7 @@ from gbc.kkt import duality, margin_gradient, margins, oracle, smallest_margin, 
 
 
 def network(architecture: str, seed: int = 0) -> Classifier:
-    net = Classifier(architecture, (5,), (7, 6), (0, 1, 2))  # type: ignore[arg-type]
+    net = Classifier(architecture, (5,), (7, 6), (0, 1, 2))
     net.initialise(torch.Generator().manual_seed(seed), 1.0, 1.0)
     return net.double().freeze()
 

@@ -51,7 +51,7 @@ def test_log_loss_is_exact_where_the_loss_itself_underflows():
 @pytest.mark.parametrize("architecture", ["homogeneous", "biased", "batchnorm"])
 def test_descent_falls_until_the_declared_stop(architecture: str):
     data = clouds()
-    network = Classifier(architecture, (6,), (32, 16), (0, 1, 2))  # type: ignore[arg-type]
+    network = Classifier(architecture, (6,), (32, 16), (0, 1, 2))
     network.initialise(torch.Generator().manual_seed(0), 0.3, 0.5)
     steps = list(descend(network, data["train_x"], data["train_y"], params()))
     losses = [step.log_loss for step in steps]
