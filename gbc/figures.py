@@ -125,7 +125,7 @@ def fig4_toy(toy: Mapping[str, np.ndarray]) -> Figure:
         samples,
         toy["samples_x"],
         toy["samples_y"],
-        f"(c) {len(toy['samples_x']):,} generated samples; circles: training data",
+        f"(c) {len(toy['samples_x']):,} samples; circles: data",
         behind=toy["train_x"],
     )
     for axes in figure.axes:
