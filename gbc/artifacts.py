@@ -8,13 +8,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import pandas as pd
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class InputError(Exception):
@@ -64,6 +64,37 @@ def load_json(path: Path) -> Any:
         return json.loads(read_bytes(path))
     except ValueError as error:
         raise InputError(f"{path}: not JSON ({error}); restore it with `dvc checkout` or make it anew") from error
+
+
+class Network(nn.Module):
+    """A network that files can hold: `architecture_keys` names its constructor's arguments, kept as attributes."""
+
+    architecture_keys: ClassVar[tuple[str, ...]]
+
+
+N = TypeVar("N", bound=Network)
+
+
+def save_network(folder: Path, network: Network) -> None:
+    """Write architecture.json and weights.safetensors: the whole network."""
+    save_json(folder / "architecture.json", {key: getattr(network, key) for key in network.architecture_keys})
+    save_tensors(folder / "weights.safetensors", network.state_dict())
+
+
+def load_network(folder: Path, kind: type[N]) -> N:
+    """Read what `save_network` wrote; raises `InputError` if a file is missing or damaged, or the two do not match."""
+    description, weights = load_json(folder / "architecture.json"), load_tensors(folder / "weights.safetensors")
+    try:
+        network = kind(**{key: _tuples(description[key]) for key in kind.architecture_keys})
+        network.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{folder}: weights.safetensors does not fit architecture.json ({' '.join(str(error).split())})") from error
+    return network
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:

@@ -1,14 +1,13 @@
 """The classifiers Φ(x; ζ): three-layer fully connected ReLU networks, as in the paper's §5."""
 
 import math
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gbc.artifacts import InputError, load_json, load_tensors, save_json, save_tensors
+from gbc.artifacts import Network
 
 
 class SmoothGateReLU(nn.Module):
@@ -28,12 +27,14 @@ class SmoothGateReLU(nn.Module):
         return smooth + (F.relu(z) - smooth).detach()
 
 
-class Classifier(nn.Module):
+class Classifier(Network):
     """Multi-layer perceptron Φ: [batch, *input_shape] → logits [batch, classes].
 
     `homogeneous` has a bias in layer 1 only, `biased` in every layer, and `batchnorm` (the paper's) replaces the hidden
     biases by batch normalisation and has none in the last layer. `labels` names the classes behind the logits.
     """
+
+    architecture_keys = ("architecture", "input_shape", "hidden", "labels")
 
     def __init__(self, architecture: str, input_shape: tuple[int, ...], hidden: tuple[int, ...], labels: tuple[int, ...]):
         super().__init__()
@@ -85,30 +86,3 @@ class Classifier(nn.Module):
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm1d):
                     module.weight.fill_(rest_scale)
-
-
-def save_classifier(folder: Path, network: Classifier) -> None:
-    """Write weights.safetensors and architecture.json: all that the generator's stages ever see."""
-    save_json(
-        folder / "architecture.json",
-        {
-            "architecture": network.architecture,
-            "input_shape": network.input_shape,
-            "hidden": network.hidden,
-            "labels": network.labels,
-        },
-    )
-    save_tensors(folder / "weights.safetensors", network.state_dict())
-
-
-def load_classifier(folder: Path) -> Classifier:
-    """Read what `save_classifier` wrote; raises `InputError` if a file is missing or damaged, or the two do not match."""
-    description = load_json(folder / "architecture.json")
-    weights = load_tensors(folder / "weights.safetensors")
-    try:
-        shape, hidden, labels = (tuple(description[key]) for key in ("input_shape", "hidden", "labels"))
-        network = Classifier(description["architecture"], shape, hidden, labels)
-        network.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise InputError(f"{folder}: weights.safetensors does not fit architecture.json ({' '.join(str(error).split())})") from error
-    return network

@@ -153,9 +153,11 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def evaluate_images(
-    generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], samples: int, seed: int
+    generated: Images, generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
-    """Metrics, the table of best SSIMs behind them, and pictures: the first images of each class and the nearest training image of each.
+    """Metrics of what `generator` generated, the table of best SSIMs behind them, and pictures.
+
+    The pictures are the first images of each class and the nearest training image of each.
 
     `data` holds the training, control and reference images of all classifiers together. Where the source had no reference
     images, the held-out baseline has no `train_control_auc` and no `leak_60`.
@@ -164,9 +166,9 @@ def evaluate_images(
     apart = len(reference.x) > 0
     if not apart:  # the source had no more images: the controls play the perfect generator, and cannot be their own controls
         reference = control
-    generated = Images(*generator.sample(samples, torch.Generator().manual_seed(seed)))
     untrained = copy.deepcopy(generator).initialise(torch.Generator().manual_seed(seed))
-    baselines = {"class_mean": class_means(train), "untrained": Images(*untrained.sample(samples, torch.Generator().manual_seed(seed)))}
+    untrained_images = Images(*untrained.sample(len(generated.x), torch.Generator().manual_seed(seed)))
+    baselines = {"class_mean": class_means(train), "untrained": untrained_images}
     ours, real = compare(generated, train, control), compare(reference, train, control)
     metrics: dict[str, Any] = score_images(generated, ours, reference, real, train) | {
         "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),
@@ -182,15 +184,14 @@ def evaluate_images(
 
 
 def evaluate_points(
+    generated: Images,
     generator: Generator,
     classifiers: Sequence[Classifier],
     data: Mapping[str, Tensor],
     active: Bool[Tensor, " points"],
-    samples: int,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Toy metrics, and what the toy's figures show: training points, the classifiers' landscapes, samples free and by classifier."""
-    x, y = generator.sample(samples, torch.Generator().manual_seed(seed))
     ticks = torch.linspace(-EXTENT, EXTENT, GRID)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
     pictures = {
@@ -198,15 +199,15 @@ def evaluate_points(
         "train_x": data["train_x"],
         "train_y": data["train_y"],
         "active": active,
-        "samples_x": x,
-        "samples_y": y,
+        "samples_x": generated.x,
+        "samples_y": generated.y,
     }
     for t, network in enumerate(classifiers):
         with torch.no_grad():
             pictures[f"landscape_{t}"] = network.eval()(plane).argmax(1).reshape(GRID, GRID).to(torch.uint8)
-        fixed = generator.sample(samples // len(classifiers), torch.Generator().manual_seed(seed), t)
+        fixed = generator.sample(len(generated.x) // len(classifiers), torch.Generator().manual_seed(seed), t)
         pictures[f"fixed_{t}_x"], pictures[f"fixed_{t}_y"] = fixed
-    return score_points(x, data["train_x"], active), pictures
+    return score_points(generated.x, data["train_x"], active), pictures
 
 
 def evaluate(
@@ -222,10 +223,10 @@ def evaluate(
     Returns metrics, the table of best SSIMs (empty for points) and pictures.
     """
     data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
-    x, y = generator.sample(count, torch.Generator().manual_seed(seed))
-    shared = {"accuracy_on_generated": accuracy(classifiers, x, y)}
+    generated = Images(*generator.sample(count, torch.Generator().manual_seed(seed)))
+    shared = {"accuracy_on_generated": accuracy(classifiers, generated.x, generated.y)}
     if len(generator.output_shape) == 1:
-        metrics, pictures = evaluate_points(generator, classifiers, data, torch.tensor(sum(active, [])), count, seed)
+        metrics, pictures = evaluate_points(generated, generator, classifiers, data, torch.tensor(sum(active, [])), seed)
         return metrics | shared, pd.DataFrame({"images": [], "ssim": []}), pictures
-    metrics, table, pictures = evaluate_images(generator, classifiers, data, count, seed)
+    metrics, table, pictures = evaluate_images(generated, generator, classifiers, data, seed)
     return metrics | shared, table, pictures

@@ -85,6 +85,7 @@ class TrainParams:
     classifiers: list[str]
     anchors: int = ranged(1.0)
     batch: int = ranged(2.0)
+    stationarity: float = ranged(0.0)
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)
     margin_reward: float = ranged(0.0, 1.0)

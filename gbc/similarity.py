@@ -17,26 +17,33 @@ def _windows(images: Float[Tensor, "n *shape"]) -> Float[Tensor, "places n windo
     return patches.unflatten(0, (len(images), -1)).permute(1, 3, 0, 2).flatten(0, 1)
 
 
-def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int = 20) -> Float[Tensor, "n m"]:
+def _moments(images: Float[Tensor, "n *shape"]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For every window: weighted means [n], root-weighted deviations from them [n, window] and variances [n]."""
+    offsets = torch.arange(-RADIUS, RADIUS + 1, dtype=images.dtype)
+    bell = torch.exp(-(offsets**2) / (2 * SIGMA**2))
+    weight = torch.outer(bell, bell).flatten() / bell.sum() ** 2
+    windows = _windows(images)
+    mean = windows @ weight
+    deviation = (windows - mean[..., None]) * weight.sqrt()
+    return list(zip(mean, deviation, deviation.square().sum(-1), strict=True))
+
+
+def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int = 200) -> Float[Tensor, "n m"]:
     """SSIM of every pair of images, pixels in [0, 1], shape (height, width) or (channels, height, width); channels are averaged.
 
     Equal to scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False, data_range=1)`.
-    Local means and variances are per image; the covariance of all pairs is one matrix product per window.
+    Local means and variances are per image; the covariance of all pairs is one matrix product per window. `chunk` images of `a`
+    at a time keep what one window needs in the processor's cache.
     """
-    offsets = torch.arange(-RADIUS, RADIUS + 1, dtype=a.dtype)
-    bell = torch.exp(-(offsets**2) / (2 * SIGMA**2))
-    weight = torch.outer(bell, bell).flatten() / bell.sum() ** 2
-    windows_b = _windows(b)
-    mean_b = windows_b @ weight
-    variance_b = windows_b.square() @ weight - mean_b**2
+    moments_b = _moments(b)
     rows = []
     for part in a.split(chunk):
-        windows_a = _windows(part)
-        mean_a = windows_a @ weight
-        variance_a = windows_a.square() @ weight - mean_a**2
-        means = mean_a[:, :, None] * mean_b[:, None]  # [places, n, m]
-        covariance = (windows_a * weight) @ windows_b.mT - means
-        luminance = (2 * means + C1) / (mean_a.square()[:, :, None] + mean_b.square()[:, None] + C1)
-        structure = (2 * covariance + C2) / (variance_a[:, :, None] + variance_b[:, None] + C2)
-        rows.append((luminance * structure).mean(0))
+        total = a.new_zeros(len(part), len(b))
+        for (mean_a, deviation_a, variance_a), (mean_b, deviation_b, variance_b) in zip(_moments(part), moments_b, strict=True):
+            luminance = (2 * torch.outer(mean_a, mean_b)).add_(C1)
+            luminance.div_((mean_a.square() + C1)[:, None] + mean_b.square())
+            structure = (deviation_a @ deviation_b.T).mul_(2).add_(C2)
+            structure.div_((variance_a + C2)[:, None] + variance_b)
+            total.addcmul_(luminance, structure)
+        rows.append(total / len(moments_b))
     return torch.cat(rows)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -10,12 +11,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gbc.artifacts import InputError
+from gbc.artifacts import InputError, load_network, save_json, save_network, save_table
 from gbc.classifier import Classifier
 from gbc.generator import Generator, Multipliers
-from gbc.homogeneity import Homogeneity
+from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, margin_gradient, smallest_margin, stationarity, target
-from gbc.params import Params, TrainParams
+from gbc.params import Params, TrainParams, device
 
 HISTORY_ROWS = 200  # of the loss curve, about
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
@@ -61,6 +62,11 @@ class Teacher:
             stretch = ((variance / module.running_var).clamp_min(1e-8).sqrt() - 1).square()
             total = total + shift.mean() + stretch.mean()
         return total
+
+
+def cosine(step: int, steps: int) -> float:
+    """What the learning rate and the weight of total variation are multiplied by: 1 at the start, FINAL_RATE at the end."""
+    return FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def draw_codes(
@@ -125,16 +131,14 @@ def train(
     known = tuple(classifier.labels for classifier in classifiers)
     g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
     h = Multipliers(known, shape, shared.width).initialise(rng)
-    g, h = g.to(device).to(memory_format=torch.channels_last), h.to(device)  # type: ignore[call-overload]
+    g, h = g.to(device), h.to(device)
     teachers = [Teacher(c.to(device), homogeneity, shared.gate) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, teacher, task, t, rng) for t, teacher in enumerate(teachers)]).requires_grad_()
     trained = [*g.parameters(), *h.parameters(), alpha]
     optimiser = torch.optim.Adam(
         [{"params": trained[:-1], "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}], betas=(0.9, 0.99)
     )
-    decay = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: FINAL_RATE + (1 - FINAL_RATE) * (1 + math.cos(math.pi * step / params.steps)) / 2
-    )
+    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, params.steps))
     rows: list[dict[str, float]] = []
     began = time.perf_counter()
     every = max(1, params.steps // HISTORY_ROWS)
@@ -145,8 +149,12 @@ def train(
                 anchor, y = (part.to(device) for part in draw_codes(task.anchors, task.batch, known[t], rng))
                 x = g(g.perturb(anchor, rng), y, torch.full_like(y, t))
                 terms = loss_terms(teacher, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
-                loss = loss + terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
-                loss = loss + task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"]
+                loss = loss + task.stationarity * terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
+                loss = (
+                    loss
+                    + cosine(step, params.steps) * task.total_variation * terms["total_variation"]
+                    + task.statistics * terms["statistics"]
+                )
                 if step % every == 0 or step == params.steps - 1:
                     rows.append({"step": step, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
                     bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})
@@ -157,3 +165,13 @@ def train(
             decay.step()
             bar.update()
     return g, pd.DataFrame(rows), time.perf_counter() - began
+
+
+def train_and_save(params: Params, task: TrainParams, name: str) -> None:
+    """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/."""
+    classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
+    homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
+    generator, history, seconds = train(params, task, classifiers, homogeneities, device(params))
+    save_network(Path(f"data/generators/{name}"), generator)
+    save_table(Path(f"data/histories/{name}/history.csv"), history)
+    save_json(Path(f"data/histories/{name}/seconds.json"), round(seconds, 1))

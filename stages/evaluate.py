@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from gbc.artifacts import load_json, load_table, load_tensors, save_json, save_table, save_tensors
-from gbc.classifier import load_classifier
+from gbc.artifacts import load_json, load_network, load_table, load_tensors, save_json, save_table, save_tensors
+from gbc.classifier import Classifier
 from gbc.evaluation import evaluate
-from gbc.generator import load_generator
+from gbc.generator import Generator
 from gbc.params import Params, entry, run_stage
 
 
@@ -14,8 +14,8 @@ def main(params: Params, name: str) -> None:
     names = entry(params.train, name).classifiers
     oracles = [load_json(Path(f"data/oracles/{classifier}/oracle.json")) for classifier in names]
     metrics, table, pictures = evaluate(
-        load_generator(Path(f"data/generators/{name}")),
-        [load_classifier(Path(f"data/classifiers/{classifier}")) for classifier in names],
+        load_network(Path(f"data/generators/{name}"), Generator),
+        [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in names],
         [load_tensors(Path(f"data/samples/{classifier}.safetensors")) for classifier in names],
         [oracle["active"] for oracle in oracles],
         params.evaluate.samples,

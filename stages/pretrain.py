@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from gbc.artifacts import load_tensors, save_json, save_table
-from gbc.classifier import save_classifier
+from gbc.artifacts import load_tensors, save_json, save_network, save_table
 from gbc.params import Params, device, entry, run_stage
 from gbc.pretraining import pretrain
 
@@ -13,7 +12,7 @@ def main(params: Params, name: str) -> None:
     task = entry(params.pretrain, name)
     data = load_tensors(Path(f"data/samples/{name}.safetensors"))
     classifier, curve, oracle = pretrain(task, data, params.seed, device(params))
-    save_classifier(Path(f"data/classifiers/{name}"), classifier)
+    save_network(Path(f"data/classifiers/{name}"), classifier)
     save_table(Path(f"data/oracles/{name}/curve.csv"), curve)
     save_json(Path(f"data/oracles/{name}/oracle.json"), oracle)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gbc.artifacts import InputError, save_json
-from gbc.generator import Generator, Multipliers, load_generator, save_generator
+from gbc.artifacts import InputError, load_network, save_json, save_network
+from gbc.generator import Generator, Multipliers
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -81,12 +81,12 @@ def test_multipliers_are_non_negative_start_alive_and_cover_the_classifiers_clas
 
 def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Path):
     g = generator()
-    save_generator(tmp_path, g)
-    assert torch.equal(load_generator(tmp_path).sample(5, rng())[0], g.sample(5, rng())[0])
+    save_network(tmp_path, g)
+    assert torch.equal(load_network(tmp_path, Generator).sample(5, rng())[0], g.sample(5, rng())[0])
     save_json(
         tmp_path / "architecture.json",
         {"known": [[0]], "output_shape": [9, 7], "noise": 3, "anchors": 4, "spread": 1, "width": 8, "channels": 8},
     )
     with pytest.raises(InputError, match="does not fit architecture.json") as error:
-        load_generator(tmp_path)
+        load_network(tmp_path, Generator)
     assert "\n" not in str(error.value)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gbc.artifacts import InputError
-from gbc.classifier import Classifier, load_classifier, save_classifier
+from gbc.artifacts import InputError, load_network, save_network
+from gbc.classifier import Classifier
 from gbc.datasets import sample
+from gbc.kkt import inner, margin_gradient
 from gbc.params import PretrainParams, SampleParams
 from gbc.pretraining import descend, log_loss, pretrain
 
@@ -69,14 +70,25 @@ def test_descent_survives_a_step_size_that_diverges():
     assert last.log_loss < -1
 
 
-def test_the_oracle_residual_is_small_for_the_training_points_and_smaller_with_weight_decay():
+def test_the_oracle_residual_is_small_for_the_training_points():
     data = sample(SampleParams(source="circle", classes=[0, 1, 2], per_class=6, path="all"), 0)
-    free = pretrain(params(max_steps=2000, stop_log_loss=-200.0), data, 0, torch.device("cpu"))[2]
-    decayed = pretrain(params(max_steps=2000, stop_log_loss=-200.0, weight_decay=1e-3), data, 0, torch.device("cpu"))[2]
-    assert free["residual"] < 0.4
-    assert decayed["residual"] < free["residual"]
-    assert sum(free["active"]) < 18  # inner points of an arc carry nothing
-    assert free["heldout_residual"] is None
+    facts = pretrain(params(max_steps=2000, stop_log_loss=-200.0), data, 0, torch.device("cpu"))[2]
+    assert facts["residual"] < 0.4
+    assert sum(facts["active"]) < 18  # inner points of an arc carry nothing
+    assert facts["heldout_residual"] is None
+
+
+def test_weight_decay_ends_where_the_softmax_probabilities_are_the_multipliers():
+    data, decay = clouds(), 1e-3
+    network, curve, facts = pretrain(params(max_steps=200, weight_decay=decay), data, 0, torch.device("cpu"))
+    x, y = data["train_x"], data["train_y"]
+    logits = network.train()(x)
+    zeta = list(network.parameters())
+    gradient = margin_gradient(logits, y, logits.softmax(1).detach(), zeta)
+    error = [len(x) * decay * p.detach() - slope for p, slope in zip(zeta, gradient, strict=True)]
+    assert inner(error, error).sqrt() < 0.01 * inner(gradient, gradient).sqrt()
+    assert facts["residual"] < 0.01
+    assert curve["log_loss"].iloc[-1] < curve["log_loss"].iloc[0]
 
 
 def test_pretraining_returns_a_classifier_its_curve_and_its_oracle():
@@ -100,12 +112,12 @@ def test_an_infinite_start_is_refused():
 
 def test_a_classifier_survives_its_files_and_a_mismatch_is_refused(tmp_path):
     network = Classifier("batchnorm", (2, 3), (5, 4), (3, 8))
-    save_classifier(tmp_path / "a", network)
-    loaded = load_classifier(tmp_path / "a").eval()
+    save_network(tmp_path / "a", network)
+    loaded = load_network(tmp_path / "a", Classifier).eval()
     x = torch.rand(4, 2, 3)
     assert torch.equal(loaded(x), network.eval()(x))
     assert loaded.labels == (3, 8)
-    save_classifier(tmp_path / "b", Classifier("homogeneous", (2, 3), (5, 4), (3, 8)))
+    save_network(tmp_path / "b", Classifier("homogeneous", (2, 3), (5, 4), (3, 8)))
     (tmp_path / "b" / "weights.safetensors").write_bytes((tmp_path / "a" / "weights.safetensors").read_bytes())
     with pytest.raises(InputError, match="does not fit architecture.json"):
-        load_classifier(tmp_path / "b")
+        load_network(tmp_path / "b", Classifier)

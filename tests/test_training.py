@@ -20,7 +20,7 @@ SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rat
 
 
 def task(*names: str, **changes: float) -> TrainParams:
-    weights = {"total_variation": 0.0, "statistics": 10.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
+    weights = {"stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
     return TrainParams(classifiers=list(names), anchors=8, batch=24, **(weights | changes))
 
 
