@@ -84,8 +84,8 @@ def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: Pr
 def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: PretrainParams) -> Iterator[Progress]:
     """Minimise mean cross-entropy + wd/2·‖ζ‖² by full-batch L-BFGS, `max_steps` iterations.
 
-    Where the gradient vanishes, stationarity holds exactly, with the softmax probabilities for multipliers (up to what ReLU's kinks leave): N·wd·ζ =
-    Σ_i Σ_c p_ic ∇m_ic. Every descent ends in such a point; this one soon. Yields after every `ROUND` iterations.
+    Where the gradient vanishes, stationarity holds exactly, with the softmax probabilities for multipliers: N·wd·ζ =
+    Σ_i Σ_c p_ic ∇m_ic; ReLU's kinks leave a few per cent of that. Yields after every `ROUND` iterations.
     """
     zeta = list(network.train().parameters())
     optimiser = torch.optim.LBFGS(
