@@ -14,6 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from gbc.artifacts import write_bytes
@@ -183,12 +184,15 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, flo
     figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
     for axes, (name, history) in zip(figure.subplots(rows, columns, squeeze=False).flat, histories.items(), strict=False):
         long = history.melt(["step", "classifier"], ["stationarity", "duality"], var_name="term")
-        sns.lineplot(long, x="step", y="value", hue="term", style="classifier", ax=axes, legend=axes is figure.axes[0], linewidth=1)
-        axes.axhline(oracles[name], color="black", linestyle="--", linewidth=0.8)
+        sns.lineplot(long, x="step", y="value", hue="term", style="classifier", ax=axes, legend=False, linewidth=1)
+        axes.axhline(oracles[name], color="black", linestyle=":", linewidth=1.2)
         axes.set(yscale="log", title=name, ylabel="")
     for axes in figure.axes[len(histories) :]:
         axes.remove()
-    figure.suptitle("loss terms by step; dashed: oracle residual of the true training images (on Z₁)")
+    figure.suptitle(
+        "stationarity blue, duality orange, a second classifier's dashed; dotted: oracle residual of the true training images (on Z₁)",
+        fontsize=10,
+    )
     return figure
 
 
@@ -218,6 +222,7 @@ def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
         shown = curves.dropna(subset=column)
         sns.lineplot(shown, x="step", y=column, hue="classifier", ax=axes, legend=column == "log_loss", linewidth=1)
         axes.set(ylabel=label, xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 
 

@@ -36,7 +36,7 @@ CAPTIONS = {
     "The loss is met by images that are not digits: the extensions are what the other MNIST results rest on.",
     "pretraining_curves": "Full-batch descent of the classifiers. The oracle residual is how far the true training images are from explaining "
     "the weights on Z₁ with the best non-negative multipliers: what a perfect generator would reach.",
-    "loss_curves": "Training. Stationarity is the relative residual of Eq. 5 over all parameters; the dashed line is what the true training "
+    "loss_curves": "Training. Stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
     "images reach with the best multipliers, on Z₁. Duality is in units of the margin asked for.",
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
