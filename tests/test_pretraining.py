@@ -70,12 +70,14 @@ def test_descent_survives_a_step_size_that_diverges():
     assert last.log_loss < -1
 
 
-def test_the_oracle_residual_is_small_for_the_training_points():
+def test_the_oracle_residual_is_small_for_the_training_points_and_smaller_with_weight_decay():
     data = sample(SampleParams(source="circle", classes=[0, 1, 2], per_class=6, path="all"), 0)
-    facts = pretrain(params(max_steps=2000, stop_log_loss=-200.0), data, 0, torch.device("cpu"))[2]
-    assert facts["residual"] < 0.4
-    assert sum(facts["active"]) < 18  # inner points of an arc carry nothing
-    assert facts["heldout_residual"] is None
+    free = pretrain(params(max_steps=2000, stop_log_loss=-200.0), data, 0, torch.device("cpu"))[2]
+    decayed = pretrain(params(max_steps=2000, stop_log_loss=-200.0, weight_decay=1e-3), data, 0, torch.device("cpu"))[2]
+    assert free["residual"] < 0.4
+    assert decayed["residual"] < free["residual"]
+    assert sum(free["active"]) < 18  # inner points of an arc carry nothing
+    assert free["heldout_residual"] is None
 
 
 def test_weight_decay_ends_where_the_softmax_probabilities_are_the_multipliers():
