@@ -58,22 +58,28 @@ def paper_network() -> nn.Sequential:
     return network
 
 
+def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels `width` inches wide, three in a row."""
+    rows = math.ceil(count / 3)
+    figure = Figure(figsize=(3 * width, 2.6 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
+
+
 def fig3_lambda(curves: Mapping[str, pd.DataFrame], violations: Mapping[str, float]) -> Figure:
     """Φ(x; e^{αΛ}ζ), solid, and e^α Φ(x; ζ), dotted, for the paper's network and every classifier of the pipeline."""
     homogeneity = estimate(paper_network(), (2,), LambdaParams(inputs=16, batch=16), torch.Generator().manual_seed(0))
     curves = {"Linear(2, 10)–ReLU–Linear(10, 1)": scaling_table(paper_network(), (2,), homogeneity)} | dict(curves)
     violations = {"Linear(2, 10)–ReLU–Linear(10, 1)": homogeneity.violation} | dict(violations)
-    columns = 3
-    rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
-    for axes, (name, table) in zip(figure.subplots(rows, columns, squeeze=False).flat, curves.items(), strict=False):
+    figure, panels = _panels(len(curves), 3.2)
+    for axes, (name, table) in zip(panels, curves.items(), strict=True):
         for color, (_, line) in zip(sns.color_palette(), table.groupby("input"), strict=False):
             axes.plot(line["alpha"], line["scaled"], color=color, linewidth=1.2)
             axes.plot(line["alpha"], line["expected"], color="black", linestyle=":", linewidth=1.6)
         axes.set_title(f"{name}\nlargest relative difference {violations[name]:.1e}", fontsize=8)
         axes.set_xlabel("α")
-    for axes in figure.axes[len(curves) :]:
-        axes.remove()
     figure.suptitle("Φ(x; e$^{αΛ}$ζ) solid, e$^{α}$ Φ(x; ζ) dotted; one colour per input")
     return figure
 
@@ -179,16 +185,12 @@ def fig_images(generated: np.ndarray, nearest: np.ndarray, classes: int, title: 
 
 def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, float]) -> Figure:
     """Stationarity residual and duality of every generator, and the residual that the true training images reach on Z₁."""
-    columns = 3
-    rows = math.ceil(len(histories) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
-    for axes, (name, history) in zip(figure.subplots(rows, columns, squeeze=False).flat, histories.items(), strict=False):
+    figure, panels = _panels(len(histories), 3.4)
+    for axes, (name, history) in zip(panels, histories.items(), strict=True):
         long = history.melt(["step", "classifier"], ["stationarity", "duality"], var_name="term")
         sns.lineplot(long, x="step", y="value", hue="term", style="classifier", ax=axes, legend=False, linewidth=1)
         axes.axhline(oracles[name], color="black", linestyle=":", linewidth=1.2)
         axes.set(yscale="log", title=name, ylabel="")
-    for axes in figure.axes[len(histories) :]:
-        axes.remove()
     figure.suptitle(
         "stationarity blue, duality orange, a second classifier's dashed; dotted: oracle residual of the true training images (on Z₁)",
         fontsize=10,
@@ -198,15 +200,11 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, flo
 
 def ssim_distribution(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Share of training and of control images whose best SSIM over the generated images exceeds a value."""
-    columns = 3
-    rows = math.ceil(len(tables) / columns)
-    figure = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
-    for axes, (name, table) in zip(figure.subplots(rows, columns, squeeze=False).flat, tables.items(), strict=False):
+    figure, panels = _panels(len(tables), 3.4)
+    for axes, (name, table) in zip(panels, tables.items(), strict=True):
         shown = table.query("images != 'generated'")
         sns.ecdfplot(shown, x="ssim", hue="images", hue_order=["train", "control"], complementary=True, ax=axes)
         axes.set(title=name, xlabel="best SSIM over generated images", ylabel="share of images above", xlim=(0, 1))
-    for axes in figure.axes[len(tables) :]:
-        axes.remove()
     return figure
 
 
