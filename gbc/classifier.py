@@ -1,4 +1,4 @@
-"""The classifiers Φ(x; ζ): three-layer fully connected ReLU networks, as in the paper's §5."""
+"""The classifiers Φ(x; ζ): three-layer fully connected ReLU networks, as in the paper's §5, a convolutional and a residual one."""
 
 import math
 
@@ -6,32 +6,85 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbc.artifacts import Network
+from gbc.artifacts import InputError, Network
 
 
 class SmoothGateReLU(nn.Module):
     """ReLU whose derivative is σ(`sharpness`·z) while `sharpness` is set: the smooth gate of Haim et al. 2022.
 
-    The value is exactly ReLU's. With the derivative of softplus instead of a step, the stationarity loss has a gradient
-    through the activation pattern, without which the residual stalls far above its oracle.
+    The value is exactly ReLU's, unless `soft` makes it softplus's, log(1 + e^{az})/a, whose derivative the smooth gate is.
     """
 
     sharpness: float | None = None
+    soft = False
 
     def forward(self, z: Tensor) -> Tensor:
         """Apply elementwise."""
         if self.sharpness is None:
             return F.relu(z)
         smooth = F.softplus(z, beta=self.sharpness, threshold=50.0)
-        return smooth + (F.relu(z) - smooth).detach()
+        return smooth if self.soft else smooth + (F.relu(z) - smooth).detach()
+
+
+class Residual(nn.Module):
+    """x → relu(x + two 3×3 convolutions of x, each with batch normalisation)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        layers = [_convolution(channels, channels), nn.BatchNorm2d(channels), SmoothGateReLU()]
+        self.branch = nn.Sequential(*layers, _convolution(channels, channels), nn.BatchNorm2d(channels))
+        self.gate = SmoothGateReLU()
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        """The same shape."""
+        return self.gate(x + self.branch(x))
+
+
+def _convolution(c_in: int, c_out: int, bias: bool = False) -> nn.Conv2d:
+    """3×3, keeping height and width."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1, bias=bias)
+
+
+def perceptron(architecture: str, fan_in: int, hidden: tuple[int, ...], classes: int) -> list[nn.Module]:
+    """Fully connected layers of the given hidden widths."""
+    widths = [fan_in, *hidden]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i, (c_in, c_out) in enumerate(zip(widths, hidden, strict=False)):
+        layers.append(nn.Linear(c_in, c_out, bias=architecture == "biased" or (architecture == "homogeneous" and i == 0)))
+        if architecture == "batchnorm":
+            layers.append(nn.BatchNorm1d(c_out))
+        layers.append(SmoothGateReLU())
+    return [*layers, nn.Linear(widths[-1], classes, bias=architecture == "biased")]
+
+
+def convolutional(input_shape: tuple[int, ...], channels: tuple[int, ...], classes: int) -> list[nn.Module]:
+    """One 3×3 convolution of each number of channels, bias in the first only, each followed by average pooling; then a linear layer."""
+    depth, height, width = (1, *input_shape)[-3:]
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
+    for i, (c_in, c_out) in enumerate(zip((depth, *channels), channels, strict=False)):
+        layers += [_convolution(c_in, c_out, bias=i == 0), SmoothGateReLU(), nn.AvgPool2d(2)]
+    sides = (height >> len(channels)) * (width >> len(channels))
+    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * sides, classes, bias=False)]
+
+
+def residual(input_shape: tuple[int, ...], channels: tuple[int, ...], classes: int) -> list[nn.Module]:
+    """A convolution, average pooling and a residual block of each number of channels, all with batch normalisation; then a linear layer."""
+    depth, height, width = (1, *input_shape)[-3:]
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
+    for c_in, c_out in zip((depth, *channels), channels, strict=False):
+        layers += [_convolution(c_in, c_out), nn.BatchNorm2d(c_out), SmoothGateReLU(), nn.AvgPool2d(2), Residual(c_out)]
+    sides = (height >> len(channels)) * (width >> len(channels))
+    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * sides, classes, bias=False)]
 
 
 class Classifier(Network):
-    """Multi-layer perceptron Φ: [batch, *input_shape] → logits [batch, classes].
+    """Φ: [batch, *input_shape] → logits [batch, classes].
 
-    `homogeneous` has a bias in layer 1 only, `biased` in every layer, and `batchnorm` (the paper's) replaces the hidden
-    biases by batch normalisation and has none in the last layer. `labels` names the classes behind the logits.
+    Fully connected: `homogeneous` has a bias in layer 1 only, `biased` in every layer, and `batchnorm` (the paper's) replaces the hidden
+    biases by batch normalisation and has none in the last layer; `hidden` holds widths. `convolutional` and `residual` take images,
+    (height, width) or (channels, height, width), and `hidden` holds channels. `labels` names the classes behind the logits.
     """
 
     architecture_keys = ("architecture", "input_shape", "hidden", "labels")
@@ -39,15 +92,13 @@ class Classifier(Network):
     def __init__(self, architecture: str, input_shape: tuple[int, ...], hidden: tuple[int, ...], labels: tuple[int, ...]):
         super().__init__()
         self.architecture, self.input_shape, self.hidden, self.labels = architecture, input_shape, hidden, labels
-        widths = [math.prod(input_shape), *hidden]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for i, (fan_in, fan_out) in enumerate(zip(widths, hidden, strict=False)):
-            layers.append(nn.Linear(fan_in, fan_out, bias=architecture == "biased" or (architecture == "homogeneous" and i == 0)))
-            if architecture == "batchnorm":
-                layers.append(nn.BatchNorm1d(fan_out))
-            layers.append(SmoothGateReLU())
-        layers.append(nn.Linear(widths[-1], len(labels), bias=architecture == "biased"))
-        self.layers = nn.Sequential(*layers)
+        if architecture in ("convolutional", "residual"):
+            if len(input_shape) < 2 or min(input_shape[-2:]) >> len(hidden) == 0:
+                raise InputError(f"a {architecture} network with {len(hidden)} poolings cannot take inputs of shape {input_shape}")
+            build = convolutional if architecture == "convolutional" else residual
+            self.layers = nn.Sequential(*build(input_shape, hidden, len(labels)))
+        else:
+            self.layers = nn.Sequential(*perceptron(architecture, math.prod(input_shape), hidden, len(labels)))
 
     def forward(self, x: Float[Tensor, "batch *input"]) -> Float[Tensor, "batch classes"]:
         """Logits. In train mode batch normalisation uses, and updates, the statistics of this batch."""
@@ -56,7 +107,7 @@ class Classifier(Network):
     def freeze(self) -> "Classifier":
         """Fix the function that was trained: train mode, normalising by the batch, its running statistics left as they are."""
         for module in self.train().modules():
-            if isinstance(module, nn.BatchNorm1d):
+            if isinstance(module, _BatchNorm):
                 module.track_running_stats = False
         return self
 
@@ -64,25 +115,26 @@ class Classifier(Network):
     def settle(self, x: Tensor) -> None:
         """Set the running statistics to those of `x`: where their moving averages go under full-batch training."""
         for module in self.train().modules():
-            if isinstance(module, nn.BatchNorm1d):
+            if isinstance(module, _BatchNorm):
                 module.momentum = 1.0
         self(x)
 
-    def set_gate(self, sharpness: float | None) -> None:
-        """Set the smooth gate's sharpness, None for ReLU's own derivative."""
+    def set_gate(self, sharpness: float | None, soft: bool = False) -> "Classifier":
+        """Set the smooth gate's sharpness, None for ReLU's own derivative; `soft` makes the values softplus's too."""
         for module in self.modules():
             if isinstance(module, SmoothGateReLU):
-                module.sharpness = sharpness
+                module.sharpness, module.soft = sharpness, soft
+        return self
 
     def initialise(self, rng: torch.Generator, first_scale: float, rest_scale: float) -> None:
         """Kaiming-normal weights, scaled small: what remains of ζ(0) at the end is residual that no image explains."""
-        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        weighted = [module for module in self.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
         with torch.no_grad():
-            for i, linear in enumerate(linears):
-                std = math.sqrt(2 / linear.in_features) * (first_scale if i == 0 else rest_scale)
-                linear.weight.normal_(0, std, generator=rng)
-                if linear.bias is not None:
-                    linear.bias.zero_()
+            for i, module in enumerate(weighted):
+                std = math.sqrt(2 / module.weight[0].numel()) * (first_scale if i == 0 else rest_scale)
+                module.weight.normal_(0, std, generator=rng)
+                if module.bias is not None:
+                    module.bias.zero_()
             for module in self.modules():
-                if isinstance(module, nn.BatchNorm1d):
+                if isinstance(module, _BatchNorm):
                     module.weight.fill_(rest_scale)

@@ -209,17 +209,26 @@ def ssim_distribution(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
-    """Log-loss, smallest margin and oracle residual of every classifier's descent."""
-    figure = Figure(figsize=(10, 3), layout="constrained")
+    """Log-loss and smallest margin of every classifier's descent; oracle residuals of true and held-out images against the log-loss."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, margin, residual = figure.subplots(1, 3)
     curves = pd.concat([table.assign(classifier=name) for name, table in descents.items()])
-    for axes, (column, label) in zip(
-        figure.subplots(1, 3),
-        {"log_loss": "log-loss", "smallest_margin": "smallest margin", "oracle_residual": "oracle residual (on Z₁)"}.items(),
-        strict=True,
-    ):
-        shown = curves.dropna(subset=column)
-        sns.lineplot(shown, x="step", y=column, hue="classifier", ax=axes, legend=column == "log_loss", linewidth=1)
-        axes.set(ylabel=label, xscale="log")
+    colors = dict(zip(descents, sns.color_palette("husl", len(descents)), strict=True))
+    shared = {"hue": "classifier", "palette": colors, "linewidth": 1}
+    sns.lineplot(curves, x="step", y="log_loss", ax=loss, **shared)
+    sns.lineplot(curves, x="step", y="smallest_margin", ax=margin, legend=False, **shared)
+    long = curves.dropna(subset="oracle_residual").melt(
+        ["log_loss", "classifier"], ["oracle_residual", "heldout_residual"], var_name="images"
+    )
+    sns.lineplot(
+        long.dropna(), x="log_loss", y="value", style="images", sort=False, estimator=None, marker=".", ax=residual, legend=False, **shared
+    )
+    loss.set(ylabel="log-loss", xscale="log", yscale="symlog")
+    margin.set(ylabel="smallest margin", xscale="log", yscale="symlog")
+    residual.set(ylabel="oracle residual (on Z₁)", xlabel="log-loss", xscale="symlog", yscale="log", title="true solid, held-out dashed")
+    residual.invert_xaxis()
+    loss.legend(fontsize=7)
+    for axes in figure.axes:
         axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
 

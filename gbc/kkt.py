@@ -4,7 +4,8 @@ A margin is m_ic = Φ_{y_i}(x_i) − Φ_c(x_i). Stationarity asks for multiplier
 duality for min_c m_ic = e^{−α} wherever μ_ic > 0.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +31,10 @@ def smallest_margin(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " bat
     return margins(logits, y).masked_fill(own, torch.inf).amin(1)
 
 
-def target(network: nn.Module, homogeneity: Homogeneity) -> list[Tensor]:
-    """Λ̄ζ up to its unidentified scalar factor: ζ on Z₁, zero on Z₂, in the order of `network.parameters()`."""
+def target(network: nn.Module, homogeneity: Homogeneity) -> dict[str, Tensor]:
+    """Λ̄ζ up to its unidentified scalar factor, by parameter name in the network's order: ζ on Z₁, zero on Z₂."""
     z1 = set(homogeneity.z1)
-    return [p.detach() if name in z1 else torch.zeros_like(p) for name, p in network.named_parameters()]
+    return {name: p.detach() if name in z1 else torch.zeros_like(p) for name, p in network.named_parameters()}
 
 
 def margin_gradient(
@@ -75,35 +76,46 @@ def duality(margin: Float[Tensor, "..."], alpha: Float[Tensor, ""], delta: float
 class Oracle:
     """How well given images explain the weights, with the best multipliers they could have."""
 
-    residual: float  # ‖Λ̄ζ − Σ μ ∇m‖ / ‖Λ̄ζ‖ over Z₁
+    residual: float  # ‖Λ̄ζ − Σ μ ∇m‖ / ‖Λ̄ζ‖
+    groups: dict[str, float]  # the part of every parameter group in it: ‖(Λ̄ζ)_g − Σ μ ∇_g m‖ / ‖Λ̄ζ‖
     mu: Float[np.ndarray, "batch classes"]
 
+    @property
+    def cosine(self) -> float:
+        """Of the angle between Λ̄ζ and Σ μ ∇m: at the best μ ≥ 0 the residual is orthogonal to Σ μ ∇m."""
+        return math.sqrt(max(0.0, 1 - self.residual**2))
 
-def oracle(network: nn.Module, homogeneity: Homogeneity, x: Tensor, y: Tensor, iterations: int = 300) -> Oracle:
-    """Best non-negative multipliers of all (sample, wrong class) pairs: non-negative least squares over Z₁.
 
-    Matrix-free: with J the margins' Jacobian, Jᵀμ is `margin_gradient` and its derivative along μ gives J·r, so it holds for
-    any network, batch normalisation in train mode included (the batch is `x`, whole), in the memory of one pass.
+def oracle(network: nn.Module, goal: Mapping[str, Tensor], x: Tensor, y: Int[Tensor, " batch"], iterations: int = 300) -> Oracle:
+    """Best non-negative multipliers of all (sample, wrong class) pairs: non-negative least squares of `goal`, Λ̄ζ by parameter name.
+
+    With J the Jacobian of all margins, ‖Λ̄ζ − Jᵀμ‖² is a quadratic form in the Gram matrix JJᵀ, which is applied and never formed:
+    Jᵀμ is `margin_gradient`, and its derivative along μ gives J(Jᵀμ − Λ̄ζ). So it holds for any network, batch normalisation in
+    train mode included (the batch is `x`, whole), in the memory of one pass. Projected L-BFGS, at most `iterations` of it.
     """
-    zeta = [p for name, p in network.named_parameters() if name in homogeneity.z1]
-    norm = inner(zeta, zeta).detach()
+    zeta = [p for name, p in network.named_parameters() if name in goal]
+    aim = [goal[name] for name, _ in network.named_parameters() if name in goal]
+    norm = inner(aim, aim)
     logits = network(x)
     wrong = ~F.one_hot(y, logits.shape[1]).bool()
     pairs = int(wrong.sum())
 
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+    def rest(flat: np.ndarray) -> tuple[Tensor, list[Tensor]]:
         mu = torch.zeros_like(logits).masked_scatter(wrong, torch.as_tensor(flat, dtype=x.dtype, device=x.device)).requires_grad_()
         gradient = margin_gradient(logits, y, mu, zeta, create_graph=True)
-        residual = [p.detach() - g for p, g in zip(zeta, gradient, strict=True)]
+        return mu, [part - g for part, g in zip(aim, gradient, strict=True)]
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        mu, residual = rest(flat)
         value = inner(residual, residual) / norm
         (slope,) = torch.autograd.grad(value, mu)
         return value.item(), slope[wrong].double().cpu().numpy()
 
     size = margins(logits, y)[wrong].abs().mean().item()
     start = np.full(pairs, norm.item() / (pairs * size))  # by Euler's equation, about the right sum of μ
-    best = minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * pairs, options={"maxiter": iterations, "maxcor": 30}
-    )
+    options = {"maxiter": iterations, "maxfun": 2 * iterations, "maxcor": 30, "ftol": 1e-14, "gtol": 1e-12}
+    best = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * pairs, options=options).x
+    parts = [(part.square().sum() / norm).sqrt().item() for part in rest(best)[1]]
     mu = np.zeros(wrong.shape)
-    mu[wrong.cpu().numpy()] = best.x
-    return Oracle(float(np.sqrt(best.fun)), mu)
+    mu[wrong.cpu().numpy()] = best
+    return Oracle(math.hypot(*parts), dict(zip([name for name, _ in network.named_parameters() if name in goal], parts, strict=True)), mu)

@@ -46,14 +46,19 @@ class SampleParams:
 class PretrainParams:
     """One classifier, trained on the dataset of its name: architecture and full-batch descent."""
 
-    architecture: str = one_of("homogeneous", "biased", "batchnorm")
+    architecture: str = one_of("homogeneous", "biased", "batchnorm", "convolutional", "residual")
     hidden: list[int] = ranged(1.0)
     first_scale: float = ranged(0.0)
     rest_scale: float = ranged(0.0)
     step_size: float = ranged(0.0)
+    momentum: float = ranged(0.0, 0.999)
     weight_decay: float = ranged(0.0)
+    smoothing: float = ranged(0.0, 1000.0)
     max_steps: int = ranged(1.0)
+    settle_steps: int = ranged(0.0)
     stop_log_loss: float = ranged(float("-inf"))
+    plateau: float = ranged(0.0, 1.0)
+    precision: str = one_of("float32", "float64")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -16,15 +17,18 @@ from tqdm import tqdm
 from gbc.artifacts import InputError
 from gbc.classifier import Classifier
 from gbc.homogeneity import estimate
-from gbc.kkt import Oracle, oracle, smallest_margin
+from gbc.kkt import Oracle, oracle, smallest_margin, target
 from gbc.params import LambdaParams, PretrainParams
 
 GROW, SHRINK = 1.05, 0.5  # of the step size, after an accepted step and after one that raised the loss
 SLACK = 1e-3  # relative rise of the loss that is still accepted, so that rounding does not stop the descent
 MEMORY, ROUND = 20, 10  # of L-BFGS: pairs that it remembers, iterations between two rows of the curve
+KINK = 3000.0  # sharpness of the smooth gate that stands for ReLU's set-valued derivative at 0
+STAGES = 8  # of L-BFGS, each on a sharper softplus
+SETTLE = 0.995  # what the step size is multiplied by in each of the last steps
 CURVE_ROWS = 200  # of the curve, about
 FIRST_CHECKPOINT = 128  # step of the first oracle along the curve; the next ones are at every doubling
-CURVE_ITERATIONS = 60  # of the oracle along the curve; it is run to its end once, at the end of the descent
+CURVE_ITERATIONS, ITERATIONS = 60, 200  # of the oracle along the curve or over all parameters, and on Z₁ at the end
 ACTIVE = 1e-3  # a multiplier counts as positive above this share of the largest
 ORACLE_INPUTS = LambdaParams(inputs=8, batch=16)
 
@@ -47,71 +51,89 @@ def log_loss(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " batch"]) -
 
 
 def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: PretrainParams) -> Iterator[Progress]:
-    """Full-batch gradient descent on log(loss) until log-loss ≤ `stop_log_loss`, at most `max_steps` steps.
+    """Full-batch gradient descent with momentum on log(loss) until log-loss ≤ `stop_log_loss`, at most `max_steps` steps.
 
     Descent on log L follows the trajectory of descent on L in re-scaled time (Lyu & Li 2020), so that steps do not vanish with
-    the loss. The step size grows while the loss falls; a step that raises it, or makes it infinite, is undone and halved.
-    Yields after every accepted step.
+    the loss; momentum keeps the maximum-margin bias (Wang et al. 2022). The step size grows while the loss falls; a step that raises
+    it, or makes it infinite, is undone, halved and freed of its momentum. With `smoothing`, ReLU is a softplus of that sharpness that
+    hardens to KINK; in the last `settle_steps` the step size only falls, so that the weights come to rest on ReLU's kinks rather
+    than jump across them. Yields after every accepted step.
     """
     network.train()
     zeta = list(network.parameters())
     step_size, last = params.step_size, math.inf
     accepted: list[Tensor] = []
     gradient: tuple[Tensor, ...] = ()
+    velocity = [torch.zeros_like(p) for p in zeta]
     for step in range(params.max_steps):
+        if params.smoothing:
+            network.set_gate(params.smoothing * (KINK / params.smoothing) ** (step / params.max_steps), soft=True)
         logits = network(x)
         loss = log_loss(logits, y)
         value = loss.item()
         if math.isfinite(value) and (not accepted or value <= last + SLACK * abs(last)):
-            last, step_size = value, step_size * GROW
+            last, step_size = value, step_size * (GROW if step < params.max_steps - params.settle_steps else SETTLE)
             gradient = torch.autograd.grad(loss, zeta)
             accepted = [p.detach().clone() for p in zeta]
+            velocity = [params.momentum * v + slope for v, slope in zip(velocity, gradient, strict=True)]
             yield Progress(step, value, smallest_margin(logits, y).min().item())
             if value <= params.stop_log_loss:
                 return
         elif not accepted:
             raise InputError("the loss is infinite at the start; set a smaller first_scale or rest_scale")
         else:
-            step_size *= SHRINK
+            step_size, velocity = step_size * SHRINK, list(gradient)
         with torch.no_grad():
-            for p, start, slope in zip(zeta, accepted, gradient, strict=True):
-                p.copy_(start - step_size * slope)
+            for p, start, v in zip(zeta, accepted, velocity, strict=True):
+                p.copy_(start - step_size * v)
     with torch.no_grad():  # the last step was never judged
         for p, start in zip(zeta, accepted, strict=True):
             p.copy_(start)
 
 
 def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: PretrainParams) -> Iterator[Progress]:
-    """Minimise mean cross-entropy + wd/2·‖ζ‖² by full-batch L-BFGS, `max_steps` iterations.
+    """Minimise mean cross-entropy + wd/2·‖ζ‖² by full-batch L-BFGS, about `max_steps` iterations.
 
-    Where the gradient vanishes, stationarity holds exactly, with the softmax probabilities for multipliers: N·wd·ζ =
-    Σ_i Σ_c p_ic ∇m_ic; ReLU's kinks leave a few per cent of that. Yields after every `ROUND` iterations.
+    Where the gradient vanishes, stationarity holds with the softmax probabilities for multipliers: N·wd·ζ = Σ_i Σ_c p_ic ∇m_ic. The
+    minimum lies on ReLU's kinks, where L-BFGS stalls; so it runs on a softplus, sharpened in stages from `smoothing` until it is ReLU
+    to 1/KINK. Yields after every `ROUND` iterations.
     """
     zeta = list(network.train().parameters())
-    optimiser = torch.optim.LBFGS(
-        zeta, max_iter=ROUND, history_size=MEMORY, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
-    )
 
     def objective() -> Tensor:
-        optimiser.zero_grad()
         decay = torch.stack([p.square().sum() for p in zeta]).sum() * len(x) * params.weight_decay / 2
         value = log_loss(network(x), y).exp() + decay
-        value.backward()
+        for p, slope in zip(zeta, torch.autograd.grad(value, zeta), strict=True):
+            p.grad = slope
         return value
 
-    for step in range(ROUND - 1, params.max_steps, ROUND):
-        if not math.isfinite(optimiser.step(objective).item()):
-            raise InputError("the loss is infinite at the start; set a smaller first_scale or rest_scale")
-        with torch.no_grad():
-            logits = network(x)
-        yield Progress(step, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
+    step = 0
+    for sharpness in np.geomspace(params.smoothing, KINK, STAGES):
+        network.set_gate(float(sharpness), soft=True)
+        optimiser = torch.optim.LBFGS(
+            zeta, max_iter=ROUND, history_size=MEMORY, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+        for _ in range(max(1, params.max_steps // (ROUND * STAGES))):
+            if not math.isfinite(optimiser.step(objective).item()):
+                raise InputError("the loss is infinite at the start; set a smaller first_scale or rest_scale")
+            step += ROUND
+            with torch.no_grad():
+                logits = network(x)
+            yield Progress(step - 1, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
 
 
-def oracle_of(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], iterations: int = 300) -> Oracle:
-    """How well images explain the network's weights as they stand, on Z₁; batch normalisation takes all of `x` as its batch."""
-    network = copy.deepcopy(network).freeze()
+def certify(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], iterations: int, everywhere: bool = False) -> Oracle:
+    """How well images explain the network's weights: on Z₁, or `everywhere`, that is with the target zero on Z₂ too.
+
+    Batch normalisation takes all of `x` as its batch. ReLU's derivative at 0 is any number in [0, 1] (Clarke's subdifferential, with
+    which the maximum-margin theorem is stated), and trained networks put samples there; σ(KINK·z) is the one that descent chose.
+    """
+    network = copy.deepcopy(network).set_gate(None).freeze()
     homogeneity = estimate(network, network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0))
-    return oracle(network, homogeneity, x, y, iterations)
+    goal = target(network, homogeneity)
+    if not everywhere:
+        goal = {name: goal[name] for name in homogeneity.z1}
+    return oracle(network.set_gate(KINK), goal, x, y, iterations)
 
 
 def pretrain(
@@ -119,42 +141,62 @@ def pretrain(
 ) -> tuple[Classifier, pd.DataFrame, dict[str, Any]]:
     """Train a classifier on sampled images: by `regularise` with weight decay, by `descend` without.
 
-    Returns it with the curve of its descent (the oracle residual at every doubling of the step), and with what its images have to do
-    with its weights: the oracle residual of the training and of the control images, and which training images carry a multiplier.
+    The descent also ends where a doubling of its steps lowered the oracle residual of the training images by less than the share
+    `plateau`, unless that is 0. Returns the classifier with the curve of its descent (oracle residuals at every doubling of the steps),
+    and with its certificate: the oracle residuals of the training and of the control images, and which training images carry a multiplier.
     """
-    x, y = data["train_x"].to(device), data["train_y"].to(device)
+    dtype = getattr(torch, params.precision)
+    x, y = data["train_x"].to(device, dtype), data["train_y"].to(device)
     labels, y = y.unique(return_inverse=True)
+    control_x, control_y = data["control_x"].to(device, dtype), torch.searchsorted(labels, data["control_y"].to(device))
     network = Classifier(params.architecture, tuple(x.shape[1:]), tuple(params.hidden), tuple(labels.tolist()))
     network.initialise(torch.Generator().manual_seed(seed), params.first_scale, params.rest_scale)
-    network.to(device)
+    network.to(device, dtype)
     rows: list[dict[str, float]] = []
-    checkpoint = FIRST_CHECKPOINT
+    checkpoint, residual = FIRST_CHECKPOINT, math.inf
     progress = Progress(0, math.inf, -math.inf)
+
+    def heldout(iterations: int, everywhere: bool = False) -> float | None:
+        return certify(network, control_x, control_y, iterations, everywhere).residual if len(control_x) else None
+
     with tqdm(total=params.max_steps, desc="descent", mininterval=1) as bar:
         for progress in (regularise if params.weight_decay else descend)(network, x, y, params):
             bar.update(progress.step + 1 - bar.n)
-            row = vars(progress)
+            row: dict[str, Any] = vars(progress)
             if progress.step + 1 >= checkpoint:
-                checkpoint *= 2
-                row = row | {"oracle_residual": oracle_of(network, x, y, CURVE_ITERATIONS).residual}
+                checkpoint, before = 2 * checkpoint, residual
+                residual = certify(network, x, y, CURVE_ITERATIONS).residual
+                row = row | {"oracle_residual": residual, "heldout_residual": heldout(CURVE_ITERATIONS)}
+                if params.plateau and residual > (1 - params.plateau) * before:
+                    break
             if (progress.step + 1) % max(1, params.max_steps // CURVE_ROWS) == 0 or "oracle_residual" in row:
                 rows.append(row)
                 bar.set_postfix(log_loss=f"{progress.log_loss:.4g}", margin=f"{progress.smallest_margin:.4g}")
-    network.settle(x)
-    final = oracle_of(network, x, y)
-    rows.append(vars(progress) | {"oracle_residual": final.residual})
+    network.set_gate(None).settle(x)
+    final, final_heldout = certify(network, x, y, ITERATIONS), heldout(ITERATIONS)
+    everywhere, everywhere_heldout = final, final_heldout
+    if len(final.groups) < len(list(network.parameters())):
+        everywhere, everywhere_heldout = (
+            certify(network, x, y, CURVE_ITERATIONS, everywhere=True),
+            heldout(CURVE_ITERATIONS, everywhere=True),
+        )
     facts: dict[str, Any] = {
         "residual": final.residual,
+        "heldout_residual": final_heldout,
+        "everywhere": {
+            "residual": everywhere.residual,
+            "heldout_residual": everywhere_heldout,
+            "cosine": everywhere.cosine,
+            "groups": everywhere.groups,
+        },
         "active": (final.mu.max(1) > ACTIVE * final.mu.max()).tolist(),
         "log_loss": progress.log_loss,
         "smallest_margin": progress.smallest_margin,
         "steps": progress.step + 1,
-        "heldout_residual": None,
         "heldout_accuracy": None,
     }
-    if len(data["control_x"]):
-        control_x, control_y = data["control_x"].to(device), torch.searchsorted(labels, data["control_y"].to(device))
-        facts["heldout_residual"] = oracle_of(network, control_x, control_y).residual
+    rows.append(vars(progress) | {"oracle_residual": final.residual, "heldout_residual": final_heldout})
+    if len(control_x):
         with torch.no_grad():
             facts["heldout_accuracy"] = (network.eval()(control_x).argmax(1) == control_y).double().mean().item()
-    return network, pd.DataFrame(rows), facts
+    return network.float(), pd.DataFrame(rows), facts

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from gbc.artifacts import InputError, load_network, save_json, save_network, save_table
@@ -40,8 +41,8 @@ class Teacher:
         network.set_gate(gate)
         self.labels = torch.tensor(network.labels, device=next(network.parameters()).device)
         self.zeta = list(network.parameters())
-        self.goal = target(network, homogeneity)
-        self.norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm1d)]
+        self.goal = list(target(network, homogeneity).values())
+        self.norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
         self.inputs: list[Tensor] = []  # of every batch normalisation, from the last forward pass
         for module in self.norms:
             module.register_forward_pre_hook(lambda _, arguments: self.inputs.append(arguments[0]))
@@ -55,7 +56,7 @@ class Teacher:
         """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers."""
         total = self.goal[0].new_zeros(())
         for module, z in zip(self.norms, self.inputs, strict=True):
-            variance, mean = torch.var_mean(z, 0)
+            variance, mean = torch.var_mean(z.transpose(0, 1).flatten(1), 1)
             assert module.running_mean is not None
             assert module.running_var is not None
             shift = (mean - module.running_mean).square() / module.running_var

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
 from gbc.figures import draw, save_figure
-from gbc.page import render
+from gbc.page import certificate, render
 from gbc.params import Params, run_stage
 
 DATA, REPORTS = Path("data"), Path("reports")
@@ -20,17 +20,19 @@ def main(params: Params) -> None:
         pictures[name] = {key: value.numpy() for key, value in load_tensors(folder / "pictures.safetensors").items()}
         tables[name] = load_table(folder / "best_ssim.csv")
         histories[name] = load_table(DATA / "histories" / name / "history.csv")
+    oracles = {name: load_json(DATA / "oracles" / name / "oracle.json") for name in params.pretrain}
     lambdas = {name: load_json(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
     scalings = {name: load_table(DATA / "lambda" / name / "scaling.csv") for name in params.pretrain}
     descents = {name: load_table(DATA / "oracles" / name / "curve.csv") for name in params.pretrain}
     classes = {name: len({y for part in task.classifiers for y in params.sample[part].classes}) for name, task in params.train.items()}
-    save_json(REPORTS / "metrics.json", metrics)
+    certificates = {name: certificate(params.pretrain[name].architecture, lambdas[name], oracles[name]) for name in params.pretrain}
+    save_json(REPORTS / "metrics.json", metrics | {"certify": certificates})
     pngs = {}
     for name, figure in draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes).items():
         path = REPORTS / "figures" / f"{name}.png"
         save_figure(path, figure)
         pngs[name] = read_bytes(path)
-    write_bytes(REPORTS / "index.html", render(metrics, pngs).encode())
+    write_bytes(REPORTS / "index.html", render(metrics, certificates, pngs).encode())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from gbc.evaluation import evaluate
 from gbc.figures import draw, fig_images, paper_network, save_figure
 from gbc.generator import Generator
 from gbc.homogeneity import estimate, scaling_table
-from gbc.page import render
+from gbc.page import certificate, render
 from gbc.params import LambdaParams
 
 
@@ -42,7 +42,15 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
         pictures[name] = {"generated": tiles, "nearest": tiles}
     table = pd.DataFrame({"images": ["train", "control", "generated"] * 5, "ssim": np.linspace(0.1, 0.9, 15)})
     history = pd.DataFrame({"step": [0, 1], "classifier": [0, 0], "stationarity": [1.0, 0.5], "duality": [1.0, 0.1]})
-    descent = pd.DataFrame({"step": [1, 2], "log_loss": [1.0, -3.0], "smallest_margin": [-1.0, 2.0], "oracle_residual": [0.9, 0.2]})
+    descent = pd.DataFrame(
+        {
+            "step": [1, 2],
+            "log_loss": [1.0, -3.0],
+            "smallest_margin": [-1.0, 2.0],
+            "oracle_residual": [0.9, 0.2],
+            "heldout_residual": [0.9, None],
+        }
+    )
     homogeneity = estimate(paper_network(), (2,), LambdaParams(8, 8), torch.Generator().manual_seed(0))
     scaling = scaling_table(paper_network(), (2,), homogeneity)
     figures = draw(
@@ -62,7 +70,12 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
         save_figure(tmp_path / name, figure)
         pngs[name] = (tmp_path / name).read_bytes()
     assert re.search(r"largest relative difference \d\.\de-1\d", figures["fig3_lambda"].axes[0].get_title())
-    page = render(metrics, pngs)
+    everywhere = {"residual": 0.3, "heldout_residual": 0.9, "cosine": 0.95, "groups": {"0.weight": 0.3}}
+    oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}
+    oracle |= {"smallest_margin": 2.0, "log_loss": -3.0, "heldout_accuracy": None}
+    page = render(metrics, {"net": certificate("homogeneous", vars(homogeneity), oracle)}, pngs)
+    assert "2.bias 1" in page  # Λ of the paper's network: 1 on its last bias
+    assert "1 of 2" in page
     assert page.count("data:image/png;base64,") == len(figures)
     assert "mnist: held_out" in page
     assert "attribute Male" in page

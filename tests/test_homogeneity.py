@@ -1,9 +1,15 @@
 """Λ against known answers, and its refusal of networks that have none."""
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from gbc.artifacts import InputError
 from gbc.classifier import Classifier
@@ -34,14 +40,16 @@ def test_the_papers_network_has_lambda_one_on_its_last_bias():
     assert found.violation <= 1e-9
 
 
-@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", range(1, 7))
 def test_a_network_without_bias_has_one_over_its_depth(depth):
     layers: list[nn.Module] = [nn.Linear(4, 6, bias=False)]
     for _ in range(depth - 1):
         layers += [nn.ReLU(), nn.Linear(6, 6, bias=False)]
     found = estimate(nn.Sequential(*layers), (4,), INPUTS, rng())
-    assert list(found.lam.values()) == pytest.approx([1 / depth] * depth, abs=1e-9)
+    assert list(found.lam.values()) == pytest.approx([1 / depth] * depth, abs=1e-12)
     assert found.dimension == depth - 1
+    for low, high in found.bounds.values():
+        assert [low, high] == pytest.approx([0 if depth > 1 else 1, 1], abs=1e-6)
 
 
 def test_a_bias_in_layer_one_changes_nothing():
@@ -58,17 +66,127 @@ def test_batch_normalisation_leaves_one_half_on_the_last_scale_shift_and_weight(
     assert found.violation <= 1e-9
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU()])
-def test_a_network_that_is_not_quasi_homogeneous_is_refused(activation):
-    with pytest.raises(InputError, match="not quasi-homogeneous"):
-        estimate(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2), activation), (3,), INPUTS, rng())
+class Functional(nn.Module):
+    """Linear, `activation`, linear: without a module for the activation."""
+
+    def __init__(self, activation: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.first, self.last, self.activation = nn.Linear(4, 9), nn.Linear(9, 3), activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The output."""
+        return self.last(self.activation(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "message"),
+    [
+        (nn.Tanh(), r"1 \(Tanh, after 0.weight\) is not positively homogeneous: .* by 9.\de-01"),
+        (nn.GELU(), r"1 \(GELU, after 0.weight\) is not positively homogeneous"),
+        (nn.ReLU6(), r"1 \(ReLU6, after 0.weight\) is not positively homogeneous"),
+        (nn.Dropout(), r"1 \(Dropout, after 0.weight\) is random, two passes differ by"),
+    ],
+)
+def test_a_network_that_is_not_quasi_homogeneous_is_refused_with_the_culprit(activation: nn.Module, message: str):
+    with pytest.raises(InputError, match="not quasi-homogeneous: " + message):
+        estimate(nn.Sequential(nn.Linear(4, 9), activation, nn.Linear(9, 3)), (4,), INPUTS, rng())
+
+
+@pytest.mark.parametrize("function", [torch.tanh, F.gelu, torch.sin])
+def test_an_activation_that_is_no_module_is_found_by_the_group_before_it(function: Callable[[torch.Tensor], torch.Tensor]):
+    with pytest.raises(InputError, match="the scale of first.weight matters"):
+        estimate(Functional(function), (4,), INPUTS, rng())
+
+
+def test_an_output_that_no_lambda_scales_is_refused_with_a_group():
+    class Offset(Functional):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    with pytest.raises(InputError, match="no Λ ≥ 0 satisfies Eqs. 9 and 10; .* most of it at"):
+        estimate(Offset(torch.relu), (4,), INPUTS, rng())
+
+
+def test_a_dead_network_is_refused():
+    first = nn.Linear(4, 3)
+    nn.init.constant_(first.bias, -100)
+    net = nn.Sequential(first, nn.ReLU(), nn.Linear(3, 2, bias=False))
+    with pytest.raises(InputError, match="output is zero on random inputs"):
+        estimate(net, (4,), INPUTS, rng())
+
+
+def test_dropout_in_eval_mode_and_leaky_relu_are_accepted():
+    net = nn.Sequential(nn.Linear(4, 9, bias=False), nn.LeakyReLU(0.1), nn.Dropout(), nn.Linear(9, 3, bias=False)).eval()
+    assert list(estimate(net, (4,), INPUTS, rng()).lam.values()) == pytest.approx([0.5, 0.5], abs=1e-12)
+
+
+def test_batch_normalisation_in_eval_mode_is_an_affine_map():
+    net = nn.Sequential(nn.Linear(4, 9, bias=False), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3, bias=False))
+    net(torch.randn(30, 4, generator=rng()))  # running means away from 0, so that the first weight's scale is fixed
+    found = estimate(net.eval(), (4,), INPUTS, rng())
+    assert list(found.lam.values()) == pytest.approx([0, 0.5, 0.5, 0.5], abs=1e-9)
 
 
 def test_the_rule_is_smallest_maximum_then_smallest_norm():
     # λ₁ + λ₂ = 1 and λ₃ + 2 λ₄ = 0.6: the maximum is ½, and the second equation is then solved with the smallest norm.
-    lam, dimension = choose_lambda(np.array([[1.0, 1, 0, 0], [0, 0, 1, 2]]), np.array([1.0, 0.6]))
+    lam, bounds, dimension = choose_lambda(np.array([[1.0, 1, 0, 0, 1], [0, 0, 1, 2, 0.6]]), ["a", "b", "c", "d"])
     assert lam == pytest.approx([0.5, 0.5, 0.12, 0.24], abs=1e-8)
     assert dimension == 2
+    assert bounds == [pytest.approx([0, high]) for high in (1, 1, 0.6, 0.3)]
+
+
+def test_a_group_that_the_output_ignores_is_unbounded_and_gets_zero():
+    lam, bounds, dimension = choose_lambda(np.array([[1.0, 0, 1]]), ["a", "b"])
+    assert lam == pytest.approx([1, 0])
+    assert bounds == [pytest.approx([1, 1]), [0, None]]
+    assert dimension == 1
+
+
+def build(kind: str, widths: list[int], classes: int, activation: nn.Module, pooling: nn.Module) -> tuple[nn.Module, tuple[int, ...]]:
+    """A network of one of the supported kinds and the shape of its inputs; the first width is the input's."""
+    if kind == "residual":
+        return Classifier("residual", (8, 8), tuple(widths[:2]), tuple(range(classes))), (8, 8)
+    layers: list[nn.Module] = []
+    for i, (fan_in, width) in enumerate(itertools.pairwise(widths)):
+        bias = kind == "all" or (kind in ("first", "conv") and i == 0)
+        if kind == "conv":
+            layers += [nn.Conv2d(fan_in, width, 3, padding=1, bias=bias), activation, pooling]
+        else:
+            layers.append(nn.Linear(fan_in, width, bias=bias))
+            layers += {"batchnorm": [nn.BatchNorm1d(width)], "layernorm": [nn.LayerNorm(width)]}.get(kind, [])
+            layers.append(activation)
+    side = 8 >> (len(widths) - 1) if kind == "conv" else 1
+    layers += [nn.Flatten(), nn.Linear(widths[-1] * side**2, classes, bias=kind == "all")]
+    return nn.Sequential(*layers), (widths[0], 8, 8) if kind == "conv" else (widths[0],)
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    st.sampled_from(["none", "first", "all", "batchnorm", "layernorm", "conv", "residual"]),
+    st.lists(st.integers(2, 6), min_size=2, max_size=4),
+    st.integers(1, 4),
+    st.sampled_from([nn.ReLU(), nn.LeakyReLU(0.2)]),
+    st.sampled_from([nn.MaxPool2d(2), nn.AvgPool2d(2)]),
+    st.integers(0, 10**6),
+)
+def test_lambda_scales_random_networks_of_every_kind(
+    kind: str, widths: list[int], classes: int, activation: nn.Module, pooling: nn.Module, seed: int
+):
+    network, shape = build(kind, widths, classes, activation, pooling)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(0, max(1, parameter[0].numel()) ** -0.5, generator=generator)
+    batch = torch.randn(INPUTS.batch, *shape, generator=rng())
+    assume(network(batch).abs().max() > 1e-6)  # ReLU networks as narrow as these may be dead
+    found = estimate(network, shape, INPUTS, rng())
+    assert found.violation <= 1e-9
+    assert min(found.lam.values()) >= 0
+    for name, value in found.lam.items():
+        low, high = found.bounds[name]
+        assert low is not None
+        assert low - 1e-6 <= value
+        assert high is None or value <= high + 1e-6
 
 
 def test_scaling_table_has_equal_columns_for_a_right_lambda_and_different_ones_for_a_wrong_one():
@@ -76,5 +194,5 @@ def test_scaling_table_has_equal_columns_for_a_right_lambda_and_different_ones_f
     found = estimate(net, (4,), INPUTS, rng())
     table = scaling_table(net, (4,), found)
     np.testing.assert_allclose(table["scaled"], table["expected"], rtol=1e-9)
-    wrong = scaling_table(net, (4,), type(found)({name: 1.0 for name in found.lam}, 0, 0.0))
+    wrong = scaling_table(net, (4,), type(found)({name: 1.0 for name in found.lam}, {}, 0, 0.0))
     assert np.abs(wrong["scaled"] - wrong["expected"]).max() > 1e-3

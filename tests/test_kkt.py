@@ -67,15 +67,15 @@ def test_stationarity_vanishes_at_a_kkt_point_and_has_eq_5s_sign():
     x, y = torch.tensor([[1.0, 0.5], [-1.0, -0.5]]).double(), torch.tensor([0, 1])
     with torch.no_grad():
         net.weight.copy_(torch.stack([x[0] - x[1], x[1] - x[0]]))
-    homogeneity = Homogeneity({"weight": 1.0}, 0, 0.0)
+    homogeneity = Homogeneity({"weight": 1.0}, {}, 0, 0.0)
     gradient = margin_gradient(net(x), y, torch.ones(2, 2).double(), list(net.parameters()))
-    assert stationarity(target(net, homogeneity), gradient).item() < 1e-5
+    assert stationarity(list(target(net, homogeneity).values()), gradient).item() < 1e-5
 
 
 def test_target_is_zeta_on_z1_and_zero_on_z2():
     net = network("batchnorm")
     lam = {name: 0.5 if name.startswith(("layers.5", "layers.7")) else 0.0 for name, _ in net.named_parameters()}
-    for (name, p), goal in zip(net.named_parameters(), target(net, Homogeneity(lam, 0, 0.0)), strict=True):
+    for (name, p), goal in zip(net.named_parameters(), target(net, Homogeneity(lam, {}, 0, 0.0)).values(), strict=True):
         assert torch.equal(goal, p.detach() if lam[name] else torch.zeros_like(p))
 
 
@@ -93,23 +93,39 @@ def test_smallest_margin_is_against_the_runner_up():
     assert margins(logits, y).tolist() == [[0.0, 2.0, 1.0], [1.0, -4.0, 0.0]]
 
 
-@pytest.mark.parametrize("architecture", ["homogeneous", "batchnorm"])
-def test_oracle_equals_non_negative_least_squares_on_explicit_gradients(architecture):
-    net = network(architecture)
-    x, y, _ = batch(6)
-    names = [name for name, _ in net.named_parameters()]
-    z1 = names if architecture == "homogeneous" else [n for n in names if n.startswith(("layers.5", "layers.7"))]
-    homogeneity = Homogeneity({name: 1.0 if name in z1 else 0.0 for name in names}, 0, 0.0)
-    zeta = [p for name, p in net.named_parameters() if name in z1]
+IMAGE = {"convolutional": (3, 4), "residual": (3,)}  # channels of the architectures that take images
+
+
+@pytest.mark.parametrize("architecture", ["homogeneous", "biased", "batchnorm", "convolutional", "residual"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_oracle_equals_non_negative_least_squares_on_explicit_gradients(architecture: str, everywhere: bool):
+    shape = (8, 8) if architecture in IMAGE else (5,)
+    net = Classifier(architecture, shape, IMAGE.get(architecture, (7, 6)), (0, 1, 2))
+    rng = torch.Generator().manual_seed(0)
+    net.initialise(rng, 1.0, 1.0)
+    net.double().freeze()
+    x, y = torch.randn(6, *shape, generator=rng, dtype=torch.float64), torch.arange(6) % 3
+    last = list(dict(net.named_parameters()))[-2:]
+    goal = target(net, Homogeneity({name: 1.0 if name in last else 0.5 for name, _ in net.named_parameters()}, {}, 0, 0.0))
+    if not everywhere:
+        goal = {name: goal[name] for name in last}
+    zeta = [p for name, p in net.named_parameters() if name in goal]
     columns = []
     logits = net(x)
     for i in range(len(x)):
         for c in range(3):
             if c != y[i]:
-                pair = torch.autograd.grad(logits[i, y[i]] - logits[i, c], zeta, retain_graph=True)
+                pair = torch.autograd.grad(logits[i, y[i]] - logits[i, c], zeta, retain_graph=True, materialize_grads=True)
                 columns.append(torch.cat([g.flatten() for g in pair]).numpy())
-    flat = torch.cat([p.detach().flatten() for p in zeta]).numpy()
-    _, residual = nnls(np.stack(columns, 1), flat)
-    found = oracle(net, homogeneity, x, y, iterations=2000)
-    assert found.residual == pytest.approx(residual / np.linalg.norm(flat), abs=1e-5)
+    flat = torch.cat([part.flatten() for part in goal.values()]).numpy()
+    mu, residual = nnls(np.stack(columns, 1), flat)
+    found = oracle(net, goal, x, y, iterations=5000)
+    assert found.residual == pytest.approx(residual / np.linalg.norm(flat), abs=1e-6)
     assert found.mu.min() >= 0
+    fitted = np.stack(columns, 1) @ mu
+    assert found.cosine == pytest.approx(fitted @ flat / np.linalg.norm(fitted) / np.linalg.norm(flat), abs=1e-5)
+    start = 0
+    for name, part in goal.items():
+        there = slice(start, start + part.numel())
+        start += part.numel()
+        assert found.groups[name] == pytest.approx(np.linalg.norm(flat[there] - fitted[there]) / np.linalg.norm(flat), abs=1e-3)

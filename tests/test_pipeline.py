@@ -81,7 +81,9 @@ def test_a_second_repro_runs_nothing(project: Path):
 @pytest.mark.slow
 def test_the_report_is_whole_and_opens_offline(project: Path):
     metrics = json.loads((project / "reports/metrics.json").read_text())
-    assert set(metrics) == {"toy_1", "faces", "toy_pair"}
+    assert set(metrics) == {"toy_1", "faces", "toy_pair", "certify"}
+    assert set(metrics["certify"]) == {"toy_1", "toy_2", "faces"}
+    assert metrics["certify"]["faces"]["z1"] == ["layers.5.bias", "layers.5.weight", "layers.7.weight"]
     assert {"within_015", "points_hit", "points_active", "kkt_residual", "oracle_residual", "seconds"} <= set(metrics["toy_pair"])
     assert {"ssim_precision", "train_control_auc", "kkt_residual", "oracle_residual", "seconds", "baselines"} <= set(metrics["faces"])
     figures = {path.stem for path in (project / "reports/figures").iterdir()}

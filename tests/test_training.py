@@ -26,7 +26,7 @@ def task(*names: str, **changes: float) -> TrainParams:
 
 def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
     data = sample(SampleParams(source="circle", classes=[0, 1, 2], per_class=6 if path == "all" else 3, path=path), 0)
-    settings = PretrainParams(architecture, [32, 32], 0.5, 0.2, 0.001, 0.0, 600, -50.0)
+    settings = PretrainParams(architecture, [32, 32], 0.5, 0.2, 0.001, 0.0, 0.0, 0.0, 600, 0, -50.0, 0.0, "float32")
     network, _, _ = pretrain(settings, data, 0, torch.device("cpu"))
     return network, estimate(network, (2,), LambdaParams(8, 16), torch.Generator().manual_seed(0)), data
 
@@ -79,7 +79,8 @@ def test_the_floor_lifts_the_runner_ups_multiplier_only():
     logits = network(x)
     runner_up = torch.zeros_like(logits).scatter(1, logits.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True), 1.0)
     floored = loss_terms(teacher, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
-    explicit = stationarity(target(network, homogeneity), margin_gradient(network(x), y, 0.5 * runner_up, list(network.parameters())))
+    goal = list(target(network, homogeneity).values())
+    explicit = stationarity(goal, margin_gradient(network(x), y, 0.5 * runner_up, list(network.parameters())))
     assert floored.item() == pytest.approx(explicit.item(), abs=1e-6)
 
 
