@@ -56,7 +56,7 @@ class Teacher:
         """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers."""
         total = self.goal[0].new_zeros(())
         for module, z in zip(self.norms, self.inputs, strict=True):
-            variance, mean = torch.var_mean(z.transpose(0, 1).flatten(1), 1)
+            variance, mean = torch.var_mean(z, [0, *range(2, z.ndim)])
             assert module.running_mean is not None
             assert module.running_var is not None
             shift = (mean - module.running_mean).square() / module.running_var
@@ -146,9 +146,13 @@ def train(
     with tqdm(total=params.steps, desc="generator", mininterval=1) as bar:
         for step in range(params.steps):
             loss = torch.zeros((), device=device)
-            for t, teacher in enumerate(teachers):
-                anchor, y = (part.to(device) for part in draw_codes(task.anchors, task.batch, known[t], rng))
-                x = g(g.perturb(anchor, rng), y, torch.full_like(y, t))
+            codes = [draw_codes(task.anchors, task.batch, labels, rng) for labels in known]
+            sizes = [len(y) for _, y in codes]
+            anchor, y_all = (torch.cat(parts).to(device) for parts in zip(*codes, strict=True))
+            index = torch.arange(len(known)).repeat_interleave(torch.tensor(sizes)).to(device)
+            # One batch for all classifiers: alone, each has a constant index, which g's batch normalisation would subtract.
+            samples = g(g.perturb(anchor, rng), y_all, index)
+            for t, (teacher, x, y) in enumerate(zip(teachers, samples.split(sizes), y_all.split(sizes), strict=True)):
                 terms = loss_terms(teacher, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
                 loss = loss + task.stationarity * terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
                 loss = (

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import resnet18
 
 from gbc.artifacts import InputError
 from gbc.classifier import Classifier
@@ -187,6 +188,18 @@ def test_lambda_scales_random_networks_of_every_kind(
         assert low is not None
         assert low - 1e-6 <= value
         assert high is None or value <= high + 1e-6
+
+
+@pytest.mark.slow
+def test_resnet_18_has_all_of_lambda_on_its_last_layer():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = resnet18()
+    found = estimate(network, (3, 32, 32), INPUTS, rng())
+    assert found.z1 == ["fc.weight", "fc.bias"]
+    assert found.lam_max == pytest.approx(1, abs=1e-9)
+    assert all(value == 0 for name, value in found.lam.items() if name not in found.z1)
+    assert found.violation <= 1e-9
 
 
 def test_scaling_table_has_equal_columns_for_a_right_lambda_and_different_ones_for_a_wrong_one():
