@@ -117,6 +117,23 @@ def test_several_classifiers_have_an_alpha_each_and_share_one_generator():
     assert generator.known == ((0, 1, 2),) * 3
 
 
+def test_every_batch_of_the_generator_holds_all_classifiers():
+    # A batch with one index would lose it: g's batch normalisation subtracts what is constant over the batch.
+    seen = []
+
+    def look(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, Generator):
+            seen.append(arguments[2].unique().tolist())
+
+    halves = [toy("even"), toy("odd")]
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        run([h[0] for h in halves], [h[1] for h in halves], task("toy_1", "toy_2"), steps=3)
+    finally:
+        handle.remove()
+    assert seen[-3:] == [[0, 1]] * 3
+
+
 def test_classifiers_of_different_shapes_are_refused():
     network, homogeneity, _ = toy("all")
     other = Classifier("batchnorm", (3,), (4, 4), (0, 1))
