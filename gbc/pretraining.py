@@ -96,8 +96,10 @@ def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params:
 
     Where the gradient vanishes, stationarity holds with the softmax probabilities for multipliers: N·wd·ζ = Σ_i Σ_c p_ic ∇m_ic. The
     minimum lies on ReLU's kinks, where L-BFGS stalls; so it runs on a softplus, sharpened in stages from `smoothing` until it is ReLU
-    to 1/KINK. Yields after every `ROUND` iterations.
+    to 1/KINK. Yields after every `ROUND` iterations. Raises `InputError` if `smoothing` is 0.
     """
+    if not params.smoothing:
+        raise InputError("weight_decay needs a smoothing above 0, such as 30: on ReLU itself L-BFGS stalls at the kinks")
     zeta = list(network.train().parameters())
 
     def objective() -> Tensor:

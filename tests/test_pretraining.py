@@ -181,6 +181,11 @@ def test_the_oracle_over_all_parameters_is_the_root_of_its_groups_squares():
     assert everywhere["residual"] > facts["residual"]  # there is more to explain
 
 
+def test_weight_decay_without_smoothing_is_refused():
+    with pytest.raises(InputError, match="weight_decay needs a smoothing above 0"):
+        pretrain(params(weight_decay=1e-3), clouds(), 0, torch.device("cpu"))
+
+
 def test_images_too_small_for_the_poolings_are_refused():
     with pytest.raises(InputError, match="a residual network with 2 poolings cannot take inputs of shape"):
         Classifier("residual", (3, 3), (4, 4), (0, 1))
