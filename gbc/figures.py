@@ -225,7 +225,8 @@ def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
     )
     loss.set(ylabel="log-loss", xscale="log", yscale="symlog")
     margin.set(ylabel="smallest margin", xscale="log", yscale="symlog")
-    residual.set(ylabel="oracle residual (on Z₁)", xlabel="log-loss", xscale="symlog", yscale="log", title="true solid, held-out dashed")
+    residual.set(ylabel="oracle residual (on Z₁)", xlabel="log-loss", title="true solid, held-out dashed")
+    residual.set(xscale="symlog", yscale="log", ylim=(0.02, 1))
     residual.invert_xaxis()
     loss.legend(fontsize=7)
     for axes in figure.axes:
