@@ -12,7 +12,7 @@ body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 syst
 img { max-width: 100%; display: block; margin: 0.5rem auto; }
 div.wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 """
 
@@ -104,7 +104,7 @@ def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
     """A classifier in every row, as HTML: its groups, Λ, the scaling check and the oracle residuals."""
     rows = {}
     for name, values in certificates.items():
-        lam = ", ".join(f"{group.removeprefix('layers.')} {values['lam'][group]:.3g}" for group in values["z1"])
+        lam = f"{values['lam'][values['z1'][0]]:.3g} on " + ", ".join(group.removeprefix("layers.") for group in values["z1"])
         rest = {f"{value:.3g}" for group, value in values["lam"].items() if group not in values["z1"]}
         rows[name] = {
             "architecture": values["architecture"],

@@ -74,7 +74,7 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
     oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}
     oracle |= {"smallest_margin": 2.0, "log_loss": -3.0, "heldout_accuracy": None}
     page = render(metrics, {"net": certificate("homogeneous", vars(homogeneity), oracle)}, pngs)
-    assert "2.bias 1" in page  # Λ of the paper's network: 1 on its last bias
+    assert "1 on 2.bias" in page  # Λ of the paper's network: 1 on its last bias
     assert "1 of 2" in page
     assert page.count("data:image/png;base64,") == len(figures)
     assert "mnist: held_out" in page
