@@ -18,7 +18,7 @@ from matplotlib.ticker import NullFormatter
 from torch import nn
 
 from gbc.artifacts import write_bytes
-from gbc.homogeneity import estimate, scaling_table
+from gbc.homogeneity import Homogeneity, estimate, scaling_table
 from gbc.kkt import duality
 from gbc.params import LambdaParams
 
@@ -242,7 +242,7 @@ def draw(
     pictures: Mapping[str, Mapping[str, np.ndarray]],
     tables: Mapping[str, pd.DataFrame],
     histories: Mapping[str, pd.DataFrame],
-    lambdas: Mapping[str, Mapping[str, Any]],
+    lambdas: Mapping[str, Homogeneity],
     scalings: Mapping[str, pd.DataFrame],
     descents: Mapping[str, pd.DataFrame],
     classes: Mapping[str, int],
@@ -250,7 +250,7 @@ def draw(
     """Every figure of the report, by file name; the paper's first. All mappings are by generator or classifier name."""
     figures = {
         "fig2_duality": fig2_duality(),
-        "fig3_lambda": fig3_lambda(scalings, {name: lam["violation"] for name, lam in lambdas.items()}),
+        "fig3_lambda": fig3_lambda(scalings, {name: lam.violation for name, lam in lambdas.items()}),
     }
     if "toy" in pictures:
         figures["fig4_toy"] = fig4_toy(pictures["toy"])

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from gbc.homogeneity import Homogeneity
+
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
 img { max-width: 100%; display: block; margin: 0.5rem auto; }
@@ -54,6 +56,11 @@ def caption(name: str) -> str:
     return CAPTIONS.get(name) or f"Generator {escape(name.removeprefix('samples_'))}: odd rows generated, even rows nearest training image."
 
 
+def wide(table: pd.DataFrame) -> str:
+    """A table as HTML, three significant digits, that scrolls by itself where it is wider than the page."""
+    return f'<div class="wide">{table.to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0)}</div>\n'
+
+
 def metrics_tables(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Three tables as HTML, as far as there is something to put in: images and points, a generator in every column; then baselines."""
     scores = {name: {key: value for key, value in values.items() if key != "baselines"} for name, values in metrics.items()}
@@ -69,23 +76,18 @@ def metrics_tables(metrics: Mapping[str, Mapping[str, Any]]) -> str:
         pd.DataFrame({name: scores[name] for name in points}),
         pd.DataFrame.from_dict(beside, orient="index").filter(SHARED),
     ]
-    return "".join(
-        f'<div class="wide">{table.to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0)}</div>\n'
-        for table in tables
-        if table.size
-    )
+    return "".join(wide(table) for table in tables if table.size)
 
 
-def certificate(architecture: str, homogeneity: Mapping[str, Any], oracle: Mapping[str, Any]) -> dict[str, Any]:
+def certificate(architecture: str, homogeneity: Homogeneity, oracle: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a classifier before a generator is born from it: Λ with its polytope, and how well images explain the weights."""
-    highest = max(homogeneity["lam"].values())
     return {
         "architecture": architecture,
-        "lam": homogeneity["lam"],
-        "lam_bounds": homogeneity["bounds"],
-        "z1": [name for name, value in homogeneity["lam"].items() if value > highest * (1 - 1e-6)],
-        "polytope_dimension": homogeneity["dimension"],
-        "scaling_violation": homogeneity["violation"],
+        "lam": homogeneity.lam,
+        "lam_bounds": homogeneity.bounds,
+        "z1": homogeneity.z1,
+        "polytope_dimension": homogeneity.dimension,
+        "scaling_violation": homogeneity.violation,
         "oracle_residual": oracle["residual"],
         "heldout_residual": oracle["heldout_residual"],
         "oracle_residual_all": oracle["everywhere"]["residual"],
@@ -104,13 +106,14 @@ def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
     """A classifier in every row, as HTML: its groups, Λ, the scaling check and the oracle residuals."""
     rows = {}
     for name, values in certificates.items():
-        lam = f"{values['lam'][values['z1'][0]]:.3g} on " + ", ".join(group.removeprefix("layers.") for group in values["z1"])
+        highest = max(values["lam"].values())
+        where = "on " + ", ".join(group.removeprefix("layers.") for group in values["z1"])
         rest = {f"{value:.3g}" for group, value in values["lam"].items() if group not in values["z1"]}
         rows[name] = {
             "architecture": values["architecture"],
             "groups": len(values["lam"]),
             "polytope": values["polytope_dimension"],
-            "λ on Z₁": lam if rest else f"{values['lam'][values['z1'][0]]:.3g} everywhere",
+            "λ on Z₁": f"{highest:.3g} {where if rest else 'everywhere'}",
             "elsewhere": ", ".join(sorted(rest)),
             "scaling check": f"{values['scaling_violation']:.0e}",
             "true, Z₁": values["oracle_residual"],
@@ -121,12 +124,11 @@ def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
             "margin": values["smallest_margin"],
             "log-loss": values["log_loss"],
         }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    return f'<div class="wide">{table.to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0)}</div>\n'
+    return wide(pd.DataFrame.from_dict(rows, orient="index"))
 
 
 def render(metrics: Mapping[str, Mapping[str, Any]], certificates: Mapping[str, Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
-    """The page: a table of all metrics and every figure (PNG bytes) with a paragraph on what to see."""
+    """The page: tables of all metrics and certificates, and every figure (PNG bytes) with a paragraph on what to see."""
     sections = [
         f'<h2 id="{name}">{name}</h2>\n<p>{caption(name)}</p>\n<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in figures.items()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
 from gbc.figures import draw, save_figure
+from gbc.homogeneity import load_homogeneity
 from gbc.page import certificate, render
 from gbc.params import Params, run_stage
 
@@ -21,7 +22,7 @@ def main(params: Params) -> None:
         tables[name] = load_table(folder / "best_ssim.csv")
         histories[name] = load_table(DATA / "histories" / name / "history.csv")
     oracles = {name: load_json(DATA / "oracles" / name / "oracle.json") for name in params.pretrain}
-    lambdas = {name: load_json(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
+    lambdas = {name: load_homogeneity(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
     scalings = {name: load_table(DATA / "lambda" / name / "scaling.csv") for name in params.pretrain}
     descents = {name: load_table(DATA / "oracles" / name / "curve.csv") for name in params.pretrain}
     classes = {name: len({y for part in task.classifiers for y in params.sample[part].classes}) for name, task in params.train.items()}

@@ -58,7 +58,7 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
         pictures,
         dict.fromkeys(names, table),
         dict.fromkeys(names, history),
-        {"net": vars(homogeneity)},
+        {"net": homogeneity},
         {"net": scaling},
         {"net": descent},
         {"mnist": 10, "celeba_Male": 2},
@@ -73,7 +73,7 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
     everywhere = {"residual": 0.3, "heldout_residual": 0.9, "cosine": 0.95, "groups": {"0.weight": 0.3}}
     oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}
     oracle |= {"smallest_margin": 2.0, "log_loss": -3.0, "heldout_accuracy": None}
-    page = render(metrics, {"net": certificate("homogeneous", vars(homogeneity), oracle)}, pngs)
+    page = render(metrics, {"net": certificate("homogeneous", homogeneity, oracle)}, pngs)
     assert "1 on 2.bias" in page  # Λ of the paper's network: 1 on its last bias
     assert "1 of 2" in page
     assert page.count("data:image/png;base64,") == len(figures)
