@@ -14,7 +14,7 @@ from torchvision.models import resnet18
 
 from gbc.artifacts import InputError
 from gbc.classifier import Classifier
-from gbc.homogeneity import choose_lambda, estimate, scaling_table
+from gbc.homogeneity import choose_lambda, estimate, polytope, scaling_table, solve
 from gbc.params import LambdaParams
 
 INPUTS = LambdaParams(inputs=8, batch=8)
@@ -82,10 +82,11 @@ class Functional(nn.Module):
 @pytest.mark.parametrize(
     ("activation", "message"),
     [
-        (nn.Tanh(), r"1 \(Tanh, after 0.weight\) is not positively homogeneous: .* by 9.\de-01"),
-        (nn.GELU(), r"1 \(GELU, after 0.weight\) is not positively homogeneous"),
-        (nn.ReLU6(), r"1 \(ReLU6, after 0.weight\) is not positively homogeneous"),
-        (nn.Dropout(), r"1 \(Dropout, after 0.weight\) is random, two passes differ by"),
+        (nn.Tanh(), r"tanh after 0.weight is not positively homogeneous: .* by (9\..e-01|1.0e\+00)"),
+        (nn.GELU(), "gelu after 0.weight is not positively homogeneous"),
+        (nn.ReLU6(), "hardtanh after 0.weight is not positively homogeneous"),
+        (nn.Dropout(), "dropout after 0.weight is random, two passes differ by"),
+        (nn.Sequential(nn.BatchNorm1d(9), nn.Tanh()), "tanh after 1.0.weight is not positively homogeneous"),
     ],
 )
 def test_a_network_that_is_not_quasi_homogeneous_is_refused_with_the_culprit(activation: nn.Module, message: str):
@@ -93,16 +94,64 @@ def test_a_network_that_is_not_quasi_homogeneous_is_refused_with_the_culprit(act
         estimate(nn.Sequential(nn.Linear(4, 9), activation, nn.Linear(9, 3)), (4,), INPUTS, rng())
 
 
-@pytest.mark.parametrize("function", [torch.tanh, F.gelu, torch.sin])
-def test_an_activation_that_is_no_module_is_found_by_the_group_before_it(function: Callable[[torch.Tensor], torch.Tensor]):
-    with pytest.raises(InputError, match="the scale of first.weight matters"):
+@pytest.mark.parametrize("function", [torch.tanh, F.gelu, torch.sin, torch.exp, torch.Tensor.sigmoid])
+def test_an_activation_that_is_no_module_is_refused_too(function: Callable[[torch.Tensor], torch.Tensor]):
+    with pytest.raises(InputError, match="after first.weight is not positively homogeneous"):
         estimate(Functional(function), (4,), INPUTS, rng())
+
+
+def test_a_residual_sum_without_normalisation_has_zero_in_its_branch():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.branch, self.last = (nn.Linear(4, 4, bias=False) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """The output."""
+            h = self.first(x)
+            return self.last(h + torch.relu(self.branch(h)))
+
+    found = estimate(Sum(), (4,), INPUTS, rng())
+    assert list(found.lam.values()) == pytest.approx([0.5, 0, 0.5], abs=1e-12)
+
+
+@pytest.mark.parametrize("scale", [0.1, 20, 100, 500])
+def test_the_epsilon_of_batch_normalisation_does_not_blur_lambda(scale: float):
+    net = classifier("batchnorm")
+    with torch.no_grad():
+        for name in ("layers.1.weight", "layers.4.weight"):
+            net.get_parameter(name).mul_(scale)
+    found = estimate(net, (4,), INPUTS, rng())
+    assert [found.lam[name] for name in found.z1] == pytest.approx([0.5] * 3, abs=1e-9)
+    assert [found.bounds[name][1] for name in found.z1] == pytest.approx([1] * 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-6, 0])
+def test_a_small_or_zero_last_bias_has_lambda_one(size: float):
+    net = classifier("biased")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if name.endswith("bias"):
+                parameter.mul_(size)
+    assert estimate(net, (4,), INPUTS, rng()).z1 == ["layers.5.bias"]
+
+
+def test_frozen_and_unused_parameters_are_no_obstacle_and_damaged_ones_are_named():
+    net = Functional(torch.relu).requires_grad_(False)
+    net.unused = nn.Parameter(torch.ones(2))
+    found = estimate(net, (4,), INPUTS, rng())
+    assert found.lam["unused"] == 0
+    assert found.bounds["unused"] == [0, None]
+    with torch.no_grad():
+        net.last.weight.fill_(torch.nan)
+    with pytest.raises(InputError, match="infinite or NaN"):
+        estimate(net, (4,), INPUTS, rng())
 
 
 def test_an_output_that_no_lambda_scales_is_refused_with_a_group():
     class Offset(Functional):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + 1
+            return super().forward(x) + x[:, :1]
 
     with pytest.raises(InputError, match="no Λ ≥ 0 satisfies Eqs. 9 and 10; .* most of it at"):
         estimate(Offset(torch.relu), (4,), INPUTS, rng())
@@ -130,14 +179,18 @@ def test_batch_normalisation_in_eval_mode_is_an_affine_map():
 
 def test_the_rule_is_smallest_maximum_then_smallest_norm():
     # λ₁ + λ₂ = 1 and λ₃ + 2 λ₄ = 0.6: the maximum is ½, and the second equation is then solved with the smallest norm.
-    lam, bounds, dimension = choose_lambda(np.array([[1.0, 1, 0, 0, 1], [0, 0, 1, 2, 0.6]]), ["a", "b", "c", "d"])
+    solutions = solve(np.array([[1.0, 1, 0, 0, 1], [0, 0, 1, 2, 0.6]]), 1e-7)
+    assert solutions is not None
+    lam, (bounds, dimension) = choose_lambda(solutions), polytope(solutions)
     assert lam == pytest.approx([0.5, 0.5, 0.12, 0.24], abs=1e-8)
     assert dimension == 2
     assert bounds == [pytest.approx([0, high]) for high in (1, 1, 0.6, 0.3)]
 
 
 def test_a_group_that_the_output_ignores_is_unbounded_and_gets_zero():
-    lam, bounds, dimension = choose_lambda(np.array([[1.0, 0, 1]]), ["a", "b"])
+    solutions = solve(np.array([[1.0, 0, 1]]), 1e-7)
+    assert solutions is not None
+    lam, (bounds, dimension) = choose_lambda(solutions), polytope(solutions)
     assert lam == pytest.approx([1, 0])
     assert bounds == [pytest.approx([1, 1]), [0, None]]
     assert dimension == 1
