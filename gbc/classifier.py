@@ -1,5 +1,6 @@
 """The classifiers Φ(x; ζ): three-layer fully connected ReLU networks, as in the paper's §5, a convolutional and a residual one."""
 
+import itertools
 import math
 
 import torch
@@ -51,7 +52,7 @@ def perceptron(architecture: str, fan_in: int, hidden: tuple[int, ...], classes:
     """Fully connected layers of the given hidden widths."""
     widths = [fan_in, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (c_in, c_out) in enumerate(zip(widths, hidden, strict=False)):
+    for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Linear(c_in, c_out, bias=architecture == "biased" or (architecture == "homogeneous" and i == 0)))
         if architecture == "batchnorm":
             layers.append(nn.BatchNorm1d(c_out))
@@ -59,24 +60,21 @@ def perceptron(architecture: str, fan_in: int, hidden: tuple[int, ...], classes:
     return [*layers, nn.Linear(widths[-1], classes, bias=architecture == "biased")]
 
 
-def convolutional(input_shape: tuple[int, ...], channels: tuple[int, ...], classes: int) -> list[nn.Module]:
-    """One 3×3 convolution of each number of channels, bias in the first only, each followed by average pooling; then a linear layer."""
-    depth, height, width = (1, *input_shape)[-3:]
-    layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
-    for i, (c_in, c_out) in enumerate(zip((depth, *channels), channels, strict=False)):
-        layers += [_convolution(c_in, c_out, bias=i == 0), SmoothGateReLU(), nn.AvgPool2d(2)]
-    sides = (height >> len(channels)) * (width >> len(channels))
-    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * sides, classes, bias=False)]
+def convolutional(architecture: str, input_shape: tuple[int, ...], channels: tuple[int, ...], classes: int) -> list[nn.Module]:
+    """For each number of channels a 3×3 convolution, halved by average pooling; then a linear layer.
 
-
-def residual(input_shape: tuple[int, ...], channels: tuple[int, ...], classes: int) -> list[nn.Module]:
-    """A convolution, average pooling and a residual block of each number of channels, all with batch normalisation; then a linear layer."""
+    `convolutional` has a bias in the first convolution only; `residual` has batch normalisation, and a residual block after each pooling.
+    """
     depth, height, width = (1, *input_shape)[-3:]
+    widths = [depth, *channels]
     layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
-    for c_in, c_out in zip((depth, *channels), channels, strict=False):
-        layers += [_convolution(c_in, c_out), nn.BatchNorm2d(c_out), SmoothGateReLU(), nn.AvgPool2d(2), Residual(c_out)]
+    for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
+        if architecture == "residual":
+            layers += [_convolution(c_in, c_out), nn.BatchNorm2d(c_out), SmoothGateReLU(), nn.AvgPool2d(2), Residual(c_out)]
+        else:
+            layers += [_convolution(c_in, c_out, bias=i == 0), SmoothGateReLU(), nn.AvgPool2d(2)]
     sides = (height >> len(channels)) * (width >> len(channels))
-    return [*layers, nn.Flatten(), nn.Linear(channels[-1] * sides, classes, bias=False)]
+    return [*layers, nn.Flatten(), nn.Linear(widths[-1] * sides, classes, bias=False)]
 
 
 class Classifier(Network):
@@ -95,8 +93,7 @@ class Classifier(Network):
         if architecture in ("convolutional", "residual"):
             if len(input_shape) < 2 or min(input_shape[-2:]) >> len(hidden) == 0:
                 raise InputError(f"a {architecture} network with {len(hidden)} poolings cannot take inputs of shape {input_shape}")
-            build = convolutional if architecture == "convolutional" else residual
-            self.layers = nn.Sequential(*build(input_shape, hidden, len(labels)))
+            self.layers = nn.Sequential(*convolutional(architecture, input_shape, hidden, len(labels)))
         else:
             self.layers = nn.Sequential(*perceptron(architecture, math.prod(input_shape), hidden, len(labels)))
 

@@ -1,6 +1,6 @@
 """Images, sampled: a balanced, seeded training subset, controls, and a reference set of the same classes.
 
-The classifier's stages import this module; the generator's never do.
+The classifier's stages import this module; the generator's never do. torchvision is imported where it is used: it takes two seconds.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,6 @@ import torch
 from PIL import UnidentifiedImageError
 from skimage.data import lfw_subset
 from torch import Tensor
-from torchvision.datasets import MNIST, CelebA, ImageFolder
-from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
 from gbc.artifacts import InputError
 from gbc.params import SampleParams
@@ -64,6 +62,8 @@ def _npz(params: SampleParams) -> Pool:
 
 def _torchvision(params: SampleParams) -> Pool:
     """The original 60,000 training images of MNIST, fetched into `path` by torchvision where they are not there."""
+    from torchvision.datasets import MNIST
+
     try:
         data = MNIST(params.path, train=True, download=True)
     except (OSError, RuntimeError) as error:
@@ -84,6 +84,9 @@ def _celeba(params: SampleParams) -> Pool:
 
     The crop is the largest centred square of the aligned 178×218 images.
     """
+    from torchvision.datasets import CelebA
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
     transform = Compose([CenterCrop(178), Resize((CELEBA_SIZE, CELEBA_SIZE), antialias=True), PILToTensor()])
     try:
         data = CelebA(
@@ -102,6 +105,9 @@ def _celeba(params: SampleParams) -> Pool:
 
 def _folder(params: SampleParams) -> Pool:
     """One sub-folder per class, sorted by name, of images of one size; grey images become [height, width]."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import PILToTensor
+
     try:
         data = ImageFolder(params.path, transform=PILToTensor())
     except (OSError, ValueError) as error:

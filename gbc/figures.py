@@ -184,7 +184,7 @@ def fig_images(generated: np.ndarray, nearest: np.ndarray, classes: int, title: 
 
 
 def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, float]) -> Figure:
-    """Stationarity residual and duality of every generator, and the residual that the true training images reach on Z₁."""
+    """Stationarity residual and duality of every generator, and the residual that the true training images reach over all parameters."""
     figure, panels = _panels(len(histories), 3.4)
     for axes, (name, history) in zip(panels, histories.items(), strict=True):
         long = history.melt(["step", "classifier"], ["stationarity", "duality"], var_name="term")
@@ -192,7 +192,7 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, flo
         axes.axhline(oracles[name], color="black", linestyle=":", linewidth=1.2)
         axes.set(yscale="log", title=name, ylabel="")
     figure.suptitle(
-        "stationarity blue, duality orange, a second classifier's dashed; dotted: oracle residual of the true training images (on Z₁)",
+        "stationarity blue, duality orange, a second classifier's dashed; dotted: oracle residual of the true training images",
         fontsize=10,
     )
     return figure

@@ -93,8 +93,8 @@ def oracle(network: nn.Module, goal: Mapping[str, Tensor], x: Tensor, y: Int[Ten
     Jᵀμ is `margin_gradient`, and its derivative along μ gives J(Jᵀμ − Λ̄ζ). So it holds for any network, batch normalisation in
     train mode included (the batch is `x`, whole), in the memory of one pass. Projected L-BFGS, at most `iterations` of it.
     """
-    zeta = [p for name, p in network.named_parameters() if name in goal]
-    aim = [goal[name] for name, _ in network.named_parameters() if name in goal]
+    names = list(goal)
+    zeta, aim = [network.get_parameter(name) for name in names], list(goal.values())
     norm = inner(aim, aim)
     logits = network(x)
     wrong = ~F.one_hot(y, logits.shape[1]).bool()
@@ -118,4 +118,4 @@ def oracle(network: nn.Module, goal: Mapping[str, Tensor], x: Tensor, y: Int[Ten
     parts = [(part.square().sum() / norm).sqrt().item() for part in rest(best)[1]]
     mu = np.zeros(wrong.shape)
     mu[wrong.cpu().numpy()] = best
-    return Oracle(math.hypot(*parts), dict(zip([name for name, _ in network.named_parameters() if name in goal], parts, strict=True)), mu)
+    return Oracle(math.hypot(*parts), dict(zip(names, parts, strict=True)), mu)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,18 +124,26 @@ def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params:
             yield Progress(step - 1, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
 
 
-def certify(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], iterations: int, everywhere: bool = False) -> Oracle:
-    """How well images explain the network's weights: on Z₁, or `everywhere`, that is with the target zero on Z₂ too.
+def certify(
+    network: Classifier, sets: Sequence[tuple[Tensor, Int[Tensor, " batch"]]], iterations: int, everywhere: bool = False
+) -> list[Oracle]:
+    """How well each set of images and labels explains the weights: on Z₁, or `everywhere`, that is with the target zero on Z₂ too.
 
-    Batch normalisation takes all of `x` as its batch. ReLU's derivative at 0 is any number in [0, 1] (Clarke's subdifferential, with
-    which the maximum-margin theorem is stated), and trained networks put samples there; σ(KINK·z) is the one that descent chose.
+    Batch normalisation takes a whole set as its batch. ReLU's derivative at 0 is any number in [0, 1] (Clarke's subdifferential, with
+    which the maximum-margin theorem is stated), and trained networks put samples there; σ(KINK·z) is the one that a descent on
+    softplus chose.
     """
     network = copy.deepcopy(network).set_gate(None).freeze()
     homogeneity = estimate(network, network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0))
     goal = target(network, homogeneity)
     if not everywhere:
         goal = {name: goal[name] for name in homogeneity.z1}
-    return oracle(network.set_gate(KINK), goal, x, y, iterations)
+    return [oracle(network.set_gate(KINK), goal, x, y, iterations) for x, y in sets]
+
+
+def residuals(found: Sequence[Oracle]) -> dict[str, Any]:
+    """Columns of the curve, from the certificate of the training images and, where there are any, of the control images."""
+    return {"oracle_residual": found[0].residual, "heldout_residual": found[1].residual if len(found) > 1 else None}
 
 
 def pretrain(
@@ -145,8 +153,11 @@ def pretrain(
 
     The descent also ends where a doubling of its steps lowered the oracle residual of the training images by less than the share
     `plateau`, unless that is 0. Returns the classifier with the curve of its descent (oracle residuals at every doubling of the steps),
-    and with its certificate: the oracle residuals of the training and of the control images, and which training images carry a multiplier.
+    and with its certificate: the oracle residuals of the training and of the control images, and which training images carry a
+    multiplier. Raises `InputError` if more steps are to settle than to be made.
     """
+    if params.settle_steps > params.max_steps:
+        raise InputError(f"settle_steps={params.settle_steps} is more than max_steps={params.max_steps}, of which it is a part")
     dtype = getattr(torch, params.precision)
     x, y = data["train_x"].to(device, dtype), data["train_y"].to(device)
     labels, y = y.unique(return_inverse=True)
@@ -157,47 +168,44 @@ def pretrain(
     rows: list[dict[str, float]] = []
     checkpoint, residual = FIRST_CHECKPOINT, math.inf
     progress = Progress(0, math.inf, -math.inf)
-
-    def heldout(iterations: int, everywhere: bool = False) -> float | None:
-        return certify(network, control_x, control_y, iterations, everywhere).residual if len(control_x) else None
-
+    sets = [(x, y), (control_x, control_y)] if len(control_x) else [(x, y)]
     with tqdm(total=params.max_steps, desc="descent", mininterval=1) as bar:
         for progress in (regularise if params.weight_decay else descend)(network, x, y, params):
             bar.update(progress.step + 1 - bar.n)
             row: dict[str, Any] = vars(progress)
             if progress.step + 1 >= checkpoint:
                 checkpoint, before = 2 * checkpoint, residual
-                residual = certify(network, x, y, CURVE_ITERATIONS).residual
-                row = row | {"oracle_residual": residual, "heldout_residual": heldout(CURVE_ITERATIONS)}
+                measured = residuals(certify(network, sets, CURVE_ITERATIONS))
+                row, residual = row | measured, measured["oracle_residual"]
                 if params.plateau and residual > (1 - params.plateau) * before:
                     break
             if (progress.step + 1) % max(1, params.max_steps // CURVE_ROWS) == 0 or "oracle_residual" in row:
                 rows.append(row)
                 bar.set_postfix(log_loss=f"{progress.log_loss:.4g}", margin=f"{progress.smallest_margin:.4g}")
     network.set_gate(None).settle(x)
-    final, final_heldout = certify(network, x, y, ITERATIONS), heldout(ITERATIONS)
-    everywhere, everywhere_heldout = final, final_heldout
-    if len(final.groups) < len(list(network.parameters())):
-        everywhere, everywhere_heldout = (
-            certify(network, x, y, CURVE_ITERATIONS, everywhere=True),
-            heldout(CURVE_ITERATIONS, everywhere=True),
-        )
+    with torch.no_grad():
+        logits = network.train()(x)
+    # Of ReLU itself, not of the softplus that the descent may have ended on.
+    progress = Progress(progress.step, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
+    final = certify(network, sets, ITERATIONS)
+    covered = len(final[0].groups) == len(list(network.parameters()))
+    everywhere = final if covered else certify(network, sets, CURVE_ITERATIONS, everywhere=True)
     facts: dict[str, Any] = {
-        "residual": final.residual,
-        "heldout_residual": final_heldout,
+        "residual": final[0].residual,
+        "heldout_residual": residuals(final)["heldout_residual"],
         "everywhere": {
-            "residual": everywhere.residual,
-            "heldout_residual": everywhere_heldout,
-            "cosine": everywhere.cosine,
-            "groups": everywhere.groups,
+            "residual": everywhere[0].residual,
+            "heldout_residual": residuals(everywhere)["heldout_residual"],
+            "cosine": everywhere[0].cosine,
+            "groups": everywhere[0].groups,
         },
-        "active": (final.mu.max(1) > ACTIVE * final.mu.max()).tolist(),
+        "active": (final[0].mu.max(1) > ACTIVE * final[0].mu.max()).tolist(),
         "log_loss": progress.log_loss,
         "smallest_margin": progress.smallest_margin,
         "steps": progress.step + 1,
         "heldout_accuracy": None,
     }
-    rows.append(vars(progress) | {"oracle_residual": final.residual, "heldout_residual": final_heldout})
+    rows.append(vars(progress) | residuals(final))
     if len(control_x):
         with torch.no_grad():
             facts["heldout_accuracy"] = (network.eval()(control_x).argmax(1) == control_y).double().mean().item()

@@ -122,11 +122,14 @@ def train(
     """Train g, h and one α per classifier so that the generated distribution satisfies the classifiers' KKT conditions.
 
     Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. Returns the generator, the curve of every
-    term and the seconds it took. Raises `InputError` if the classifiers take inputs of different shapes.
+    term and the seconds it took. Raises `InputError` if the classifiers take inputs of different shapes, or `batch` is below
+    their number of labels.
     """
     shape = classifiers[0].input_shape
     if any(classifier.input_shape != shape for classifier in classifiers):
         raise InputError(f"classifiers {', '.join(task.classifiers)} take inputs of different shapes: one generator cannot serve them")
+    if task.batch < (classes := max(len(classifier.labels) for classifier in classifiers)):
+        raise InputError(f"batch={task.batch} has no sample for each of {classes} labels; set at least {classes}, or several times as many")
     rng = torch.Generator().manual_seed(params.seed)
     shared = params.generator
     known = tuple(classifier.labels for classifier in classifiers)

@@ -23,7 +23,7 @@ def main(params: Params, name: str) -> None:
     )
     history = load_table(Path(f"data/histories/{name}/history.csv"))
     metrics["kkt_residual"] = history.groupby("classifier")["stationarity"].last().mean()
-    metrics["oracle_residual"] = sum(oracle["residual"] for oracle in oracles) / len(oracles)
+    metrics["oracle_residual"] = sum(oracle["everywhere"]["residual"] for oracle in oracles) / len(oracles)
     folder = Path(f"data/evaluations/{name}")
     save_json(folder / "metrics.json", metrics)
     save_table(folder / "best_ssim.csv", table)

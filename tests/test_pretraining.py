@@ -204,3 +204,24 @@ def test_a_classifier_survives_its_files_and_a_mismatch_is_refused(tmp_path):
     (tmp_path / "b" / "weights.safetensors").write_bytes((tmp_path / "a" / "weights.safetensors").read_bytes())
     with pytest.raises(InputError, match="does not fit architecture.json"):
         load_network(tmp_path / "b", Classifier)
+
+
+def test_a_descent_that_ends_on_a_soft_softplus_is_measured_as_the_relu_network_that_it_saves():
+    data = clouds()
+    network, curve, facts = pretrain(params(smoothing=3.0, stop_log_loss=-5.0), data, 0, torch.device("cpu"))
+    assert facts["steps"] < 400
+    expected = log_loss(network.train()(data["train_x"]), data["train_y"]).item()
+    assert facts["log_loss"] == curve["log_loss"].iloc[-1] == pytest.approx(expected, rel=1e-5)
+    assert abs(curve["log_loss"].iloc[-2] - expected) > 0.1
+
+
+def test_more_steps_that_settle_than_steps_are_refused():
+    with pytest.raises(InputError, match="settle_steps=401 is more than max_steps=400"):
+        pretrain(params(settle_steps=401), clouds(), 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", ["convolutional", "residual", "homogeneous"])
+def test_no_hidden_layer_at_all_is_a_linear_classifier(architecture: str):
+    network = Classifier(architecture, (2, 4, 4), (), (0, 1, 2))
+    assert [tuple(p.shape) for p in network.parameters()] == [(3, 32)]
+    assert network(torch.ones(5, 2, 4, 4)).shape == (5, 3)

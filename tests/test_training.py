@@ -139,3 +139,9 @@ def test_classifiers_of_different_shapes_are_refused():
     other = Classifier("batchnorm", (3,), (4, 4), (0, 1))
     with pytest.raises(InputError, match="take inputs of different shapes"):
         run([network, other], [homogeneity, homogeneity], task("toy", "other"), steps=1)
+
+
+def test_a_batch_with_fewer_samples_than_labels_is_refused():
+    network, homogeneity, _ = toy("all", "homogeneous")
+    with pytest.raises(InputError, match="batch=2 has no sample for each of 3 labels"):
+        run([network], [homogeneity], dataclasses.replace(task("toy"), batch=2))
