@@ -17,18 +17,23 @@ def _windows(images: Float[Tensor, "n *shape"]) -> Float[Tensor, "places n windo
     return patches.unflatten(0, (len(images), -1)).permute(1, 3, 0, 2).flatten(0, 1)
 
 
-def _moments(images: Float[Tensor, "n *shape"]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For every window: weighted means [n], root-weighted deviations from them [n, window] and variances [n]."""
+def _moments(images: Float[Tensor, "n *shape"]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """One image's share in every window of (2 μ_a μ_b + C₁)(2 σ_ab + C₂) / ((μ_a² + μ_b² + C₁)(σ_a² + σ_b² + C₂)), the SSIM of a pair.
+
+    That is μ, μ² + C₁/2, vectors [n, window + 1] whose inner products are 2 σ_ab + C₂, and σ² + C₂/2, all with the Gaussian's weights.
+    """
     offsets = torch.arange(-RADIUS, RADIUS + 1, dtype=images.dtype)
     bell = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     weight = torch.outer(bell, bell).flatten() / bell.sum() ** 2
     windows = _windows(images)
     mean = windows @ weight
     deviation = (windows - mean[..., None]) * weight.sqrt()
-    return list(zip(mean, deviation, deviation.square().sum(-1), strict=True))
+    variance = deviation.square().sum(-1)
+    vectors = F.pad(2**0.5 * deviation, (0, 1), value=C2**0.5)
+    return list(zip(mean, mean.square() + C1 / 2, vectors, variance + C2 / 2, strict=True))
 
 
-def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int = 200) -> Float[Tensor, "n m"]:
+def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int = 400) -> Float[Tensor, "n m"]:
     """SSIM of every pair of images, pixels in [0, 1], shape (height, width) or (channels, height, width); channels are averaged.
 
     Equal to scikit-image's `structural_similarity(..., gaussian_weights=True, use_sample_covariance=False, data_range=1)`.
@@ -39,11 +44,14 @@ def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int 
     rows = []
     for part in a.split(chunk):
         total = a.new_zeros(len(part), len(b))
-        for (mean_a, deviation_a, variance_a), (mean_b, deviation_b, variance_b) in zip(_moments(part), moments_b, strict=True):
-            luminance = (2 * torch.outer(mean_a, mean_b)).add_(C1)
-            luminance.div_((mean_a.square() + C1)[:, None] + mean_b.square())
-            structure = (deviation_a @ deviation_b.T).mul_(2).add_(C2)
-            structure.div_((variance_a + C2)[:, None] + variance_b)
-            total.addcmul_(luminance, structure)
+        above, below, factor = (torch.empty_like(total) for _ in range(3))
+        for (mean_a, square_a, vectors_a, variance_a), (mean_b, square_b, vectors_b, variance_b) in zip(
+            _moments(part), moments_b, strict=True
+        ):
+            torch.outer(2 * mean_a, mean_b, out=above).add_(C1)
+            above.mul_(torch.mm(vectors_a, vectors_b.T, out=factor))
+            torch.add(square_a[:, None], square_b, out=below)
+            below.mul_(torch.add(variance_a[:, None], variance_b, out=factor))
+            total.addcdiv_(above, below)
         rows.append(total / len(moments_b))
     return torch.cat(rows)
