@@ -157,6 +157,15 @@ def test_an_output_that_no_lambda_scales_is_refused_with_a_group():
         estimate(Offset(torch.relu), (4,), INPUTS, rng())
 
 
+def test_an_added_constant_is_refused_where_it_is_added():
+    class Offset(Functional):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    with pytest.raises(InputError, match="add after last.weight is not positively homogeneous"):
+        estimate(Offset(torch.relu), (4,), INPUTS, rng())
+
+
 def test_a_dead_network_is_refused():
     first = nn.Linear(4, 3)
     nn.init.constant_(first.bias, -100)
