@@ -90,6 +90,8 @@ class TrainParams:
     classifiers: list[str]
     anchors: int = ranged(1.0)
     batch: int = ranged(2.0)
+    length: float = ranged(0.0)
+    matrix_learning_rate: float = ranged(0.0)
     stationarity: float = ranged(0.0)
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)

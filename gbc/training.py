@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -17,6 +17,7 @@ from gbc.classifier import Classifier
 from gbc.generator import Generator, Multipliers
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, margin_gradient, smallest_margin, stationarity, target
+from gbc.muon import Muon
 from gbc.params import Params, TrainParams, device
 
 HISTORY_ROWS = 200  # of the loss curve, about
@@ -131,23 +132,26 @@ def train(
     if task.batch < (classes := max(len(classifier.labels) for classifier in classifiers)):
         raise InputError(f"batch={task.batch} has no sample for each of {classes} labels; set at least {classes}, or several times as many")
     rng = torch.Generator().manual_seed(params.seed)
-    shared = params.generator
+    shared, steps = params.generator, max(1, round(params.steps * task.length))
     known = tuple(classifier.labels for classifier in classifiers)
     g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
     h = Multipliers(known, shape, shared.width).initialise(rng)
     g, h = g.to(device), h.to(device)
     teachers = [Teacher(c.to(device), homogeneity, shared.gate) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, teacher, task, t, rng) for t, teacher in enumerate(teachers)]).requires_grad_()
-    trained = [*g.parameters(), *h.parameters(), alpha]
-    optimiser = torch.optim.Adam(
-        [{"params": trained[:-1], "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}], betas=(0.9, 0.99)
-    )
-    decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, params.steps))
+    matrices = [module.weight for module in g.modules() if isinstance(module, nn.Linear) and task.matrix_learning_rate]
+    others = [p for p in [*g.parameters(), *h.parameters()] if all(p is not matrix for matrix in matrices)]
+    trained = [*matrices, *others, alpha]
+    groups = [{"params": others, "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}]
+    optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, betas=(0.9, 0.99))]
+    if matrices:
+        optimisers.append(Muon(matrices, lr=task.matrix_learning_rate))
+    decays = [torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: cosine(step, steps)) for optimiser in optimisers]
     rows: list[dict[str, float]] = []
     began = time.perf_counter()
-    every = max(1, params.steps // HISTORY_ROWS)
-    with tqdm(total=params.steps, desc="generator", mininterval=1) as bar:
-        for step in range(params.steps):
+    every = max(1, steps // HISTORY_ROWS)
+    with tqdm(total=steps, desc="generator", mininterval=1) as bar:
+        for step in range(steps):
             loss = torch.zeros((), device=device)
             codes = [draw_codes(task.anchors, task.batch, labels, rng) for labels in known]
             sizes = [len(y) for _, y in codes]
@@ -158,19 +162,16 @@ def train(
             for t, (teacher, x, y) in enumerate(zip(teachers, samples.split(sizes), y_all.split(sizes), strict=True)):
                 terms = loss_terms(teacher, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
                 loss = loss + task.stationarity * terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
-                loss = (
-                    loss
-                    + cosine(step, params.steps) * task.total_variation * terms["total_variation"]
-                    + task.statistics * terms["statistics"]
-                )
-                if step % every == 0 or step == params.steps - 1:
+                loss = loss + cosine(step, steps) * task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"]
+                if step % every == 0 or step == steps - 1:
                     rows.append({"step": step, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
                     bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})
             for parameter in trained:
                 parameter.grad = None
             loss.backward(inputs=trained)
-            optimiser.step()
-            decay.step()
+            for optimiser, decay in zip(optimisers, decays, strict=True):
+                optimiser.step()
+                decay.step()
             bar.update()
     return g, pd.DataFrame(rows), time.perf_counter() - began
 

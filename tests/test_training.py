@@ -21,7 +21,7 @@ SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rat
 
 def task(*names: str, **changes: float) -> TrainParams:
     weights = {"stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
-    return TrainParams(classifiers=list(names), anchors=8, batch=24, **(weights | changes))
+    return TrainParams(classifiers=list(names), anchors=8, batch=24, **({"length": 1.0, "matrix_learning_rate": 0.0} | weights | changes))
 
 
 def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
@@ -104,7 +104,8 @@ def test_a_generator_is_born_nearer_to_the_training_points_than_it_started():
 def test_training_is_reproducible_to_the_byte_and_leaves_the_classifier_alone():
     network, homogeneity, _ = toy("all")
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    states = [run([network], [homogeneity], task("toy"), steps=20)[0].state_dict() for _ in range(2)]
+    settings = task("toy", matrix_learning_rate=0.02)
+    states = [run([network], [homogeneity], settings, steps=20)[0].state_dict() for _ in range(2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 

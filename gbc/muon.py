@@ -1,0 +1,39 @@
+"""Muon, the optimiser of the generator's matrices."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """About U Vᵀ of the singular value decomposition U S Vᵀ: singular values between 0.7 and 1.2, by five Newton–Schulz iterations."""
+    wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp_min(1e-7)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
+    return wide.T if len(matrix) > matrix.shape[1] else wide
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalised momentum for matrices (Jordan et al. 2024), with steps of the size that Adam's would have (Liu et al. 2025).
+
+    `torch.optim.Muon` is the same in bfloat16, which makes a training step twice as long on a CPU.
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> Any:
+        """Move along the orthogonalised Nesterov momentum of the gradients."""
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                average.lerp_(matrix.grad, 1 - group["momentum"])
+                direction = orthogonalised(matrix.grad.lerp(average, group["momentum"]))
+                matrix.sub_(direction, alpha=0.2 * math.sqrt(max(matrix.shape)) * group["lr"])
