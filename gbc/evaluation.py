@@ -1,6 +1,5 @@
 """How good is a generator, and what does it give away? Every score beside its controls and baselines."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,7 +165,7 @@ def evaluate_images(
     apart = len(reference.x) > 0
     if not apart:  # the source had no more images: the controls play the perfect generator, and cannot be their own controls
         reference = control
-    untrained = copy.deepcopy(generator).initialise(torch.Generator().manual_seed(seed))
+    untrained = Generator(*(getattr(generator, key) for key in Generator.architecture_keys)).initialise(torch.Generator().manual_seed(seed))
     untrained_images = Images(*untrained.sample(len(generated.x), torch.Generator().manual_seed(seed)))
     baselines = {"class_mean": class_means(train), "untrained": untrained_images}
     ours, real = compare(generated, train, control), compare(reference, train, control)

@@ -90,12 +90,25 @@ def test_a_student_learns_from_real_images_and_not_from_swapped_labels():
     assert student_accuracy(Images(TRAIN.x, 1 - TRAIN.y), REFERENCE, 0) == 0
 
 
-def test_evaluation_has_every_key_of_the_contract():
-    generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
+def evaluation(generator: Generator):
     classifier = Classifier("batchnorm", (13, 13), (8, 8), (0, 1))
     data = {f"{role}_{part}": getattr(value, part) for role, value in {"train": TRAIN, "control": CONTROL}.items() for part in "xy"}
     data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0, dtype=torch.long)}
-    metrics, table, pictures = evaluate(generator, [classifier], [data], [[True] * 20], 40, 0)
+    return evaluate(generator, [classifier], [data], [[True] * 20], 40, 0)
+
+
+def test_the_untrained_baseline_keeps_nothing_of_the_training():
+    fresh, trained = (Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0)) for _ in range(2))
+    for value in trained.state_dict().values():
+        value += torch.ones_like(value)
+    metrics = [evaluation(generator)[0] for generator in (fresh, trained)]
+    assert metrics[0]["ssim_precision"] != metrics[1]["ssim_precision"]
+    assert metrics[0]["baselines"]["untrained"] == metrics[1]["baselines"]["untrained"]
+
+
+def test_evaluation_has_every_key_of_the_contract():
+    generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
+    metrics, table, pictures = evaluation(generator)
     scores = "ssim_precision ssim_recall ssim_matched precision_ratio recall_ratio diversity_ratio train_control_auc "
     scores += "leak_50 leak_60 recall_40 recall_50"
     assert set(metrics) == {*scores.split(), "accuracy_on_generated", "student_accuracy", "teacher_accuracy", "baselines"}
