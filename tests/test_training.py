@@ -20,8 +20,9 @@ SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rat
 
 
 def task(*names: str, **changes: float) -> TrainParams:
-    weights = {"stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
-    return TrainParams(classifiers=list(names), anchors=8, batch=24, **({"length": 1.0, "matrix_learning_rate": 0.0} | weights | changes))
+    values = {"length": 1.0, "matrix_learning_rate": 0.0, "stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0}
+    values |= {"margin_reward": 0.3, "multiplier_floor": 0.3}
+    return TrainParams(classifiers=list(names), anchors=8, batch=24, **(values | changes))
 
 
 def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
