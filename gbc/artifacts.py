@@ -16,9 +16,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor, nn
 
-
-class InputError(Exception):
-    """Bad input, told in one line: what is wrong, where, and what to do."""
+from gbc.params import InputError
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gbc.artifacts import InputError, Network
+from gbc.artifacts import Network
+from gbc.params import InputError
 
 
 class SmoothGateReLU(nn.Module):

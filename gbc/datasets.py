@@ -13,8 +13,7 @@ from PIL import UnidentifiedImageError
 from skimage.data import lfw_subset
 from torch import Tensor
 
-from gbc.artifacts import InputError
-from gbc.params import SampleParams
+from gbc.params import InputError, SampleParams
 
 REFERENCE = 2000  # images at most that play the perfect generator
 CELEBA_SIZE = 32  # pixels; the paper's

@@ -115,16 +115,18 @@ class Generator(Network):
 
 
 class Multipliers(nn.Module):
-    """h: samples x, labels y and classifier indices t → μ = ReLU(h) [batch, labels], one multiplier per class.
+    """h: samples x, labels y and classifier indices t → μ ≥ 0 [batch, labels], one multiplier per class.
 
-    The multiplier of the sample's own label meets a zero margin and has no effect.
+    `positive` makes it so: "relu", the paper's, or "softplus", under which no class's multipliers can die. The multiplier of
+    the sample's own label meets a zero margin and has no effect.
     """
 
     labels: Tensor
 
-    def __init__(self, known: tuple[tuple[int, ...], ...], input_shape: tuple[int, ...], width: int):
+    def __init__(self, known: tuple[tuple[int, ...], ...], input_shape: tuple[int, ...], width: int, positive: str):
         super().__init__()
         self.known = known
+        self.positive = {"relu": F.relu, "softplus": F.softplus}[positive]
         self.register_buffer("labels", torch.tensor(sorted(set().union(*known))))
         classes = len(self.labels)
         fan_in = math.prod(input_shape) + classes + len(known)
@@ -144,5 +146,5 @@ class Multipliers(nn.Module):
         """Multipliers for the classes of classifier `t`."""
         label = F.one_hot(torch.searchsorted(self.labels, y), len(self.labels))
         index = F.one_hot(torch.full_like(y, t), len(self.known))
-        mu = F.relu(self.layers(torch.cat([x.flatten(1), label, index], 1)))
+        mu = self.positive(self.layers(torch.cat([x.flatten(1), label, index], 1)))
         return mu[:, torch.searchsorted(self.labels, torch.tensor(self.known[t], device=y.device))]

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from gbc.artifacts import InputError, load_json
-from gbc.params import LambdaParams
+from gbc.artifacts import load_json
+from gbc.params import InputError, LambdaParams
 
 TOLERANCE = 1e-9  # relative, of the scaling check
 FAINT = (1e-6, 1e-7, 1e-8, 1e-9, 1e-10)  # relative size below which equations are left out as rounding, if the scaling check allows it

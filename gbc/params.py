@@ -7,18 +7,22 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gbc.artifacts import InputError
+if TYPE_CHECKING:
+    import torch  # imported where it is used: `--help` answers at once
 
 T = TypeVar("T")
+
+
+class InputError(Exception):
+    """Bad input, told in one line: what is wrong, where, and what to do."""
 
 
 def ranged(low: float, high: float = float("inf")) -> Any:
@@ -96,6 +100,7 @@ class TrainParams:
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)
     margin_reward: float = ranged(0.0, 1.0)
+    multiplier: str = one_of("relu", "softplus")
     multiplier_floor: float = ranged(0.0, 1.0)
 
 
@@ -198,8 +203,10 @@ def entry(block: Mapping[str, T], name: str) -> T:
     return block[name]
 
 
-def device(params: Params) -> torch.device:
+def device(params: Params) -> "torch.device":
     """The device to train on: CUDA where there is one, unless `device` says otherwise."""
+    import torch
+
     if params.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device=cuda, but PyTorch finds no CUDA device here; set device=auto or device=cpu")
     return torch.device("cuda" if params.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -208,17 +215,24 @@ def device(params: Params) -> torch.device:
 def run_stage(main: Callable[..., None]) -> None:
     """Run `main(params, *names)` from the command line: names first, then Hydra overrides.
 
-    Bad input ends in one line on stderr and exit code 1.
+    `--help` prints what the stage does. Bad input ends in one line on stderr and exit code 1. `main` imports what it needs
+    itself, so that neither waits for PyTorch.
     """
     arguments = list(inspect.signature(main).parameters)[1:]
-    usage = " ".join(["python -m stages." + Path(sys.argv[0]).stem, *arguments, "[key=value ...]"])
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-    torch.set_deterministic_debug_mode("error")  # imports less than use_deterministic_algorithms, in a third of the time
+    usage = " ".join(["usage: python -m stages." + Path(sys.argv[0]).stem, *arguments, "[key=value ...]"])
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage, sys.modules[main.__module__].__doc__, inspect.getdoc(main), "Keys and their comments: params.yaml.", sep="\n")
+        return
     names = [argument for argument in sys.argv[1:] if "=" not in argument]
     overrides = [argument for argument in sys.argv[1:] if "=" in argument]
     try:
-        if len(names) != len(inspect.signature(main).parameters) - 1:
-            raise InputError(f"usage: {usage}")
-        main(load_params(overrides), *names)
+        if len(names) != len(arguments):
+            raise InputError(usage)
+        params = load_params(overrides)
+        import torch
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        torch.set_deterministic_debug_mode("error")  # imports less than use_deterministic_algorithms, in a third of the time
+        main(params, *names)
     except InputError as error:
         sys.exit(f"error: {error}")

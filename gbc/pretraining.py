@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from gbc.artifacts import InputError
 from gbc.classifier import Classifier
 from gbc.homogeneity import estimate
 from gbc.kkt import Oracle, oracle, smallest_margin, target
-from gbc.params import LambdaParams, PretrainParams
+from gbc.params import InputError, LambdaParams, PretrainParams
 
 GROW, SHRINK = 1.05, 0.5  # of the step size, after an accepted step and after one that raised the loss
 SLACK = 1e-3  # relative rise of the loss that is still accepted, so that rounding does not stop the descent

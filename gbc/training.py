@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from gbc.artifacts import InputError, load_network, save_json, save_network, save_table
+from gbc.artifacts import load_network, save_json, save_network, save_table
 from gbc.classifier import Classifier
 from gbc.generator import Generator, Multipliers
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, margin_gradient, smallest_margin, stationarity, target
 from gbc.muon import Muon
-from gbc.params import Params, TrainParams, device
+from gbc.params import InputError, Params, TrainParams, device
 
 HISTORY_ROWS = 200  # of the loss curve, about
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
@@ -135,7 +135,7 @@ def train(
     shared, steps = params.generator, max(1, round(params.steps * task.length))
     known = tuple(classifier.labels for classifier in classifiers)
     g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
-    h = Multipliers(known, shape, shared.width).initialise(rng)
+    h = Multipliers(known, shape, shared.width, task.multiplier).initialise(rng)
     g, h = g.to(device), h.to(device)
     teachers = [Teacher(c.to(device), homogeneity, shared.gate) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, teacher, task, t, rng) for t, teacher in enumerate(teachers)]).requires_grad_()

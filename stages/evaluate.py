@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from gbc.artifacts import load_json, load_network, load_table, load_tensors, save_json, save_table, save_tensors
-from gbc.classifier import Classifier
-from gbc.evaluation import evaluate
-from gbc.generator import Generator
 from gbc.params import Params, entry, run_stage
 
 
 def main(params: Params, name: str) -> None:
     """data/generators/<name>/ and data/{samples,classifiers,oracles}/ of its classifiers → data/evaluations/<name>/."""
+    from gbc.artifacts import load_json, load_network, load_table, load_tensors, save_json, save_table, save_tensors
+    from gbc.classifier import Classifier
+    from gbc.evaluation import evaluate
+    from gbc.generator import Generator
+
     names = entry(params.train, name).classifiers
     oracles = [load_json(Path(f"data/oracles/{classifier}/oracle.json")) for classifier in names]
     metrics, table, pictures = evaluate(

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from gbc.artifacts import load_tensors, save_json, save_network, save_table
 from gbc.params import Params, device, entry, run_stage
-from gbc.pretraining import pretrain
 
 
 def main(params: Params, name: str) -> None:
     """data/samples/<name>.safetensors → data/classifiers/<name>/ and data/oracles/<name>/."""
+    from gbc.artifacts import load_tensors, save_json, save_network, save_table
+    from gbc.pretraining import pretrain
+
     task = entry(params.pretrain, name)
     data = load_tensors(Path(f"data/samples/{name}.safetensors"))
     classifier, curve, oracle = pretrain(task, data, params.seed, device(params))

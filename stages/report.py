@@ -2,10 +2,6 @@
 
 from pathlib import Path
 
-from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
-from gbc.figures import draw, save_figure
-from gbc.homogeneity import load_homogeneity
-from gbc.page import certificate, render
 from gbc.params import Params, run_stage
 
 DATA, REPORTS = Path("data"), Path("reports")
@@ -13,6 +9,11 @@ DATA, REPORTS = Path("data"), Path("reports")
 
 def main(params: Params) -> None:
     """data/{evaluations,histories,oracles,lambda}/ → reports/."""
+    from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
+    from gbc.figures import draw, save_figure
+    from gbc.homogeneity import load_homogeneity
+    from gbc.page import certificate, render
+
     metrics, pictures, tables, histories = {}, {}, {}, {}
     for name in params.train:
         folder = DATA / "evaluations" / name

@@ -1,11 +1,12 @@
 """Train one generator on the weights of one classifier: python -m stages.train_single mnist."""
 
 from gbc.params import Params, entry, run_stage
-from gbc.training import train_and_save
 
 
 def main(params: Params, name: str) -> None:
     """data/classifiers/ and data/lambda/ of its classifier → data/generators/<name>/ and data/histories/<name>/."""
+    from gbc.training import train_and_save
+
     train_and_save(params, entry(params.train_single, name), name)
 
 

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 import torch
 
-from gbc.artifacts import InputError, load_json, load_table, load_tensors, save_json, save_table, save_tensors
+from gbc.artifacts import load_json, load_table, load_tensors, save_json, save_table, save_tensors
+from gbc.params import InputError
 
 
 def test_tensors_survive_and_their_bytes_do_not_depend_on_order(tmp_path: Path):

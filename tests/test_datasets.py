@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from skimage.data import lfw_subset
 
-from gbc.artifacts import InputError
 from gbc.datasets import sample
-from gbc.params import SampleParams
+from gbc.params import InputError, SampleParams
 
 MNIST = "data/raw/mnist_5000.npz"
 DIGITS = list(range(10))

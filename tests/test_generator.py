@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gbc.artifacts import InputError, load_network, save_json, save_network
+from gbc.artifacts import load_network, save_json, save_network
 from gbc.generator import Generator, Multipliers
+from gbc.params import InputError
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -70,13 +71,15 @@ def test_kaiming_keeps_the_scale_of_activations():
 
 
 def test_multipliers_are_non_negative_start_alive_and_cover_the_classifiers_classes():
-    h = Multipliers(((0, 1, 2), (2, 7)), (4, 4), 16).initialise(rng())
+    h = Multipliers(((0, 1, 2), (2, 7)), (4, 4), 16, "relu").initialise(rng())
     x, y = torch.rand(9, 4, 4), torch.tensor([2] * 9)
     assert h(x, y, 0).shape == (9, 3)
     assert h(x, y, 1).shape == (9, 2)
     assert (h(x, y, 0) > 0.3).all()
     torch.nn.init.constant_(h.layers[-1].bias, -5.0)  # type: ignore[arg-type]
     assert (h(x, y, 0) == 0).all()
+    h.positive = torch.nn.functional.softplus
+    assert (h(x, y, 0) > 0).all()
 
 
 def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Path):

@@ -12,10 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from gbc.artifacts import InputError
 from gbc.classifier import Classifier
 from gbc.homogeneity import choose_lambda, estimate, polytope, scaling_table, solve
-from gbc.params import LambdaParams
+from gbc.params import InputError, LambdaParams
 
 INPUTS = LambdaParams(inputs=8, batch=8)
 

@@ -1,14 +1,15 @@
 """params.yaml is typed and validated, and every refusal names the key."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from gbc.artifacts import InputError
-from gbc.params import device, entry, load_params
+from gbc.params import InputError, device, entry, load_params
 
 
 def test_overrides_reach_their_place_and_the_rest_stays():
@@ -89,3 +90,12 @@ def test_every_parameter_is_plain_for_dvc(tmp_path: Path):
     walk({key: value for key, value in yaml.safe_load(text).items() if key != "launch"})
     shutil.copy("params.yaml", tmp_path)
     assert load_params([], tmp_path / "params.yaml") == load_params([])
+
+
+@pytest.mark.parametrize("stage", sorted(path.stem for path in Path("stages").glob("[a-z]*.py")))
+def test_help_is_there_at_once(stage: str):
+    command = [sys.executable, "-X", "importtime", "-m", f"stages.{stage}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: python -m stages.{stage} ")
+    assert " gbc.params" in done.stderr
+    assert not {"torch", "pandas", "matplotlib"} & {line.split("|")[-1].strip() for line in done.stderr.splitlines()}

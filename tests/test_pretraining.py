@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gbc.artifacts import InputError, load_network, save_network
+from gbc.artifacts import load_network, save_network
 from gbc.classifier import Classifier, SmoothGateReLU
 from gbc.datasets import sample
 from gbc.kkt import inner, margin_gradient
-from gbc.params import PretrainParams, SampleParams
+from gbc.params import InputError, PretrainParams, SampleParams
 from gbc.pretraining import KINK, descend, log_loss, pretrain
 
 

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gbc.artifacts import InputError
 from gbc.classifier import Classifier
 from gbc.datasets import sample
 from gbc.generator import Generator
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
-from gbc.params import GeneratorParams, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
+from gbc.params import GeneratorParams, InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
 from gbc.pretraining import pretrain
 from gbc.training import Teacher, draw_codes, loss_terms, total_variation, train
 
@@ -22,7 +21,7 @@ SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rat
 def task(*names: str, **changes: float) -> TrainParams:
     values = {"length": 1.0, "matrix_learning_rate": 0.0, "stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0}
     values |= {"margin_reward": 0.3, "multiplier_floor": 0.3}
-    return TrainParams(classifiers=list(names), anchors=8, batch=24, **(values | changes))
+    return TrainParams(classifiers=list(names), anchors=8, batch=24, multiplier="relu", **(values | changes))
 
 
 def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
