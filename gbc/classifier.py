@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -10,7 +11,22 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.artifacts import Network
+from gbc.distributed import BatchNorm1d, BatchNorm2d
 from gbc.params import InputError
+
+
+class _SmoothGate(torch.autograd.Function):
+    """relu(z), with the derivative σ(sharpness·z); twice differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, sharpness: float) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.sharpness = sharpness
+        return z.clamp_min(0)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
+        return slope * torch.sigmoid(ctx.sharpness * ctx.saved_tensors[0]), None
 
 
 class SmoothGateReLU(nn.Module):
@@ -26,8 +42,9 @@ class SmoothGateReLU(nn.Module):
         """Apply elementwise."""
         if self.sharpness is None:
             return F.relu(z)
-        smooth = F.softplus(z, beta=self.sharpness, threshold=50.0)
-        return smooth if self.soft else smooth + (F.relu(z) - smooth).detach()
+        if self.soft:
+            return F.softplus(z, beta=self.sharpness, threshold=50.0)
+        return _SmoothGate.apply(z, self.sharpness)
 
 
 class Residual(nn.Module):
@@ -35,8 +52,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        layers = [_convolution(channels, channels), nn.BatchNorm2d(channels), SmoothGateReLU()]
-        self.branch = nn.Sequential(*layers, _convolution(channels, channels), nn.BatchNorm2d(channels))
+        layers = [_convolution(channels, channels), BatchNorm2d(channels), SmoothGateReLU()]
+        self.branch = nn.Sequential(*layers, _convolution(channels, channels), BatchNorm2d(channels))
         self.gate = SmoothGateReLU()
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
@@ -56,7 +73,7 @@ def perceptron(architecture: str, fan_in: int, hidden: tuple[int, ...], classes:
     for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
         layers.append(nn.Linear(c_in, c_out, bias=architecture == "biased" or (architecture == "homogeneous" and i == 0)))
         if architecture == "batchnorm":
-            layers.append(nn.BatchNorm1d(c_out))
+            layers.append(BatchNorm1d(c_out))
         layers.append(SmoothGateReLU())
     return [*layers, nn.Linear(widths[-1], classes, bias=architecture == "biased")]
 
@@ -71,7 +88,7 @@ def convolutional(architecture: str, input_shape: tuple[int, ...], channels: tup
     layers: list[nn.Module] = [nn.Unflatten(1, (1, height))] if len(input_shape) == 2 else []
     for i, (c_in, c_out) in enumerate(itertools.pairwise(widths)):
         if architecture == "residual":
-            layers += [_convolution(c_in, c_out), nn.BatchNorm2d(c_out), SmoothGateReLU(), nn.AvgPool2d(2), Residual(c_out)]
+            layers += [_convolution(c_in, c_out), BatchNorm2d(c_out), SmoothGateReLU(), nn.AvgPool2d(2), Residual(c_out)]
         else:
             layers += [_convolution(c_in, c_out, bias=i == 0), SmoothGateReLU(), nn.AvgPool2d(2)]
     sides = (height >> len(channels)) * (width >> len(channels))

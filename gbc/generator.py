@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gbc.artifacts import Network
+from gbc.distributed import BatchNorm1d, BatchNorm2d
 
 
 def kaiming(network: nn.Module, rng: torch.Generator) -> None:
@@ -64,7 +65,7 @@ class Generator(Network):
         sizes = [noise + len(self.labels) + len(known), width, width]
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(fan_in, fan_out, bias=False), nn.BatchNorm1d(fan_out), nn.ReLU()]
+            layers += [nn.Linear(fan_in, fan_out, bias=False), BatchNorm1d(fan_out), nn.ReLU()]
         if len(output_shape) == 1:
             layers += [nn.Linear(width, output_shape[0])]
         else:
@@ -72,10 +73,10 @@ class Generator(Network):
             half = [(side + 1) // 2 for side in output_shape[-2:]]
             quarter = [(side + 1) // 2 for side in half]
             start = channels * math.prod(quarter)
-            layers += [nn.Linear(width, start, bias=False), nn.BatchNorm1d(start), nn.ReLU(), nn.Unflatten(1, (channels, *quarter))]
+            layers += [nn.Linear(width, start, bias=False), BatchNorm1d(start), nn.ReLU(), nn.Unflatten(1, (channels, *quarter))]
             for c_in, c_out, sides in [(channels, channels // 2, half), (channels // 2, channels // 4, output_shape[-2:])]:
                 kernel = (4 - sides[0] % 2, 4 - sides[1] % 2)  # 4 doubles the side, 3 doubles it less one
-                layers += [nn.ConvTranspose2d(c_in, c_out, kernel, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
+                layers += [nn.ConvTranspose2d(c_in, c_out, kernel, stride=2, padding=1, bias=False), BatchNorm2d(c_out), nn.ReLU()]
             layers += [ChannelsLast(), nn.ConvTranspose2d(channels // 4, depth, 3, padding=1), nn.Sigmoid()]
         self.layers = nn.Sequential(*layers)
 

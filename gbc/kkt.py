@@ -57,13 +57,18 @@ def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack([(u * v).sum() for u, v in zip(a, b, strict=True)]).sum()
 
 
+def relative_residual(product: Float[Tensor, ""], goal: Float[Tensor, ""], gradient: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Min over s ≥ 0 of ‖goal − s·gradient‖ / ‖goal‖, from the inner product of the two and their squared norms; in [0, 1]."""
+    cosine = product / (goal * gradient).clamp_min(TINY).sqrt()
+    return (1 - cosine.clamp_min(0).square()).clamp_min(1e-12).sqrt()
+
+
 def stationarity(goal: Sequence[Tensor], gradient: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Relative residual of Eq. 5: min over s ≥ 0 of ‖goal − s·gradient‖ / ‖goal‖, in [0, 1].
 
     N, the scalar factor of Λ̄ and the scale of μ absorb one another (Eqs. 3–5 fix none of them), so the scale s is the best one.
     """
-    cosine = inner(goal, gradient) / (inner(goal, goal) * inner(gradient, gradient)).clamp_min(TINY).sqrt()
-    return (1 - cosine.clamp_min(0).square()).clamp_min(1e-12).sqrt()
+    return relative_residual(inner(goal, gradient), inner(goal, goal), inner(gradient, gradient))
 
 
 def duality(margin: Float[Tensor, "..."], alpha: Float[Tensor, ""], delta: float) -> Float[Tensor, "..."]:

@@ -13,7 +13,8 @@ from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
 from gbc.params import GeneratorParams, InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
 from gbc.pretraining import pretrain
-from gbc.training import Teacher, draw_codes, loss_terms, total_variation, train
+from gbc.step import step_of
+from gbc.training import draw_codes, loss_terms, total_variation, train
 
 SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rate=6e-3, alpha_learning_rate=1e-2, delta=0.05, gate=50.0)
 
@@ -51,20 +52,20 @@ def test_codes_are_spread_evenly_over_labels_and_anchors():
 
 def test_the_classifiers_own_training_batch_has_no_statistics_mismatch():
     network, homogeneity, data = toy("all")
-    teacher = Teacher(network, homogeneity, 50.0)
-    teacher.logits(data["train_x"])
-    assert teacher.statistics_mismatch().item() < 1e-6
-    teacher.logits(data["train_x"] + 1)
-    assert teacher.statistics_mismatch().item() > 0.1
+    step = step_of(network, homogeneity, 50.0)
+    step.logits(data["train_x"])
+    assert step.statistics_mismatch().item() < 1e-6
+    step.logits(data["train_x"] + 1)
+    assert step.statistics_mismatch().item() > 0.1
 
 
 def test_loss_terms_measure_margins_in_units_of_the_margin_asked_for():
     network, homogeneity, data = toy("all", "homogeneous")
-    teacher = Teacher(network, homogeneity, 50.0)
+    step = step_of(network, homogeneity, 50.0)
     x, y = data["train_x"], data["train_y"]
     margin = smallest_margin(network(x), y).detach()
     alpha = torch.tensor(-2.0, requires_grad=True)
-    terms = loss_terms(teacher, x.clone().requires_grad_(), y, torch.ones(18, 3), alpha, delta=0.1, floor=0.0)
+    terms = loss_terms(step, x.clone().requires_grad_(), y, torch.ones(18, 3), alpha, delta=0.1, floor=0.0)
     relative = margin / np.exp(2)
     expected = (relative - 1.1).clamp_min(0) + (1 - relative).clamp_min(0)
     assert terms["duality"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
@@ -74,11 +75,11 @@ def test_loss_terms_measure_margins_in_units_of_the_margin_asked_for():
 
 def test_the_floor_lifts_the_runner_ups_multiplier_only():
     network, homogeneity, data = toy("all", "homogeneous")
-    teacher = Teacher(network, homogeneity, 50.0)
+    step = step_of(network, homogeneity, 50.0)
     x, y = data["train_x"], data["train_y"]
     logits = network(x)
     runner_up = torch.zeros_like(logits).scatter(1, logits.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True), 1.0)
-    floored = loss_terms(teacher, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
+    floored = loss_terms(step, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
     goal = list(target(network, homogeneity).values())
     explicit = stationarity(goal, margin_gradient(network(x), y, 0.5 * runner_up, list(network.parameters())))
     assert floored.item() == pytest.approx(explicit.item(), abs=1e-6)

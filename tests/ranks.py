@@ -1,0 +1,52 @@
+"""Training on a random classifier, in float64, under `torchrun -m tests.ranks <architecture> <steps> <file>`; rank 0 writes."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from gbc.artifacts import save_tensors
+from gbc.classifier import Classifier
+from gbc.distributed import processes, rank
+from gbc.homogeneity import Homogeneity
+from gbc.params import GeneratorParams, TrainParams, load_params
+from gbc.training import train
+
+SHARED = GeneratorParams(noise=8, spread=0.1, width=32, channels=8, learning_rate=6e-3, alpha_learning_rate=1e-2, delta=0.05, gate=50.0)
+TASK = TrainParams(
+    classifiers=["first", "second"],
+    anchors=8,
+    batch=24,
+    length=1.0,
+    matrix_learning_rate=0.02,
+    stationarity=1.0,
+    total_variation=1.0,
+    statistics=10.0,
+    margin_reward=0.3,
+    multiplier="softplus",
+    multiplier_floor=0.3,
+)
+
+
+def classifier(architecture: str, seed: int) -> Classifier:
+    """Random weights, and running statistics other than the initial ones."""
+    hidden = {"residual": (3,), "convolutional": (3,)}.get(architecture, (12, 9))
+    network = Classifier(architecture, (8, 8), hidden, (0, 1, 2))
+    rng = torch.Generator().manual_seed(seed)
+    network.initialise(rng, 1.0, 1.0)
+    network.settle(torch.rand(30, 8, 8, generator=rng))
+    return network
+
+
+if __name__ == "__main__":
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    architecture, steps, path = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    networks = [classifier(architecture, seed) for seed in (0, 1)]
+    homogeneities = [Homogeneity({name: 0.5 for name, _ in network.named_parameters()}, {}, 0, 0.0) for network in networks]
+    params = dataclasses.replace(load_params([]), steps=steps, generator=SHARED)
+    with processes(torch.device("cpu")) as device:
+        generator, history, _ = train(params, TASK, networks, homogeneities, device)
+        if rank() == 0:
+            save_tensors(path, generator.state_dict() | {"curve": torch.tensor(history.to_numpy())})

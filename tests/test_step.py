@@ -1,0 +1,115 @@
+"""The step in closed form and in chunks against autograd's double backward, to rounding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gbc.classifier import Classifier
+from gbc.homogeneity import Homogeneity
+from gbc.kkt import margin_gradient, stationarity, target
+from gbc.step import ClosedForm, DoubleBackward, chunked_stationarity, squared_norm, step_of
+
+PERCEPTRONS = ["homogeneous", "biased", "batchnorm"]
+
+
+def network(architecture: str, hidden: tuple[int, ...], dtype: torch.dtype) -> Classifier:
+    shape = (8, 8) if architecture in ("convolutional", "residual") else (5,)
+    net = Classifier(architecture, shape, hidden, (0, 1, 2))
+    rng = torch.Generator().manual_seed(0)
+    net.initialise(rng, 1.0, 1.0)
+    for p in net.parameters():
+        p.data.add_(0.1 * torch.randn(p.shape, generator=rng))
+    return net.to(dtype)
+
+
+def batch(net: Classifier, samples: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(samples, *net.input_shape, generator=rng).to(dtype).requires_grad_()
+    mu = torch.rand(samples, 3, generator=rng).to(dtype).requires_grad_()
+    return x, torch.randint(3, (samples,), generator=rng), mu
+
+
+def everywhere(net: Classifier, z2: tuple[str, ...] = ()) -> Homogeneity:
+    return Homogeneity({name: 0.0 if name in z2 else 0.5 for name, _ in net.named_parameters()}, {}, 0, 0.0)
+
+
+def reference(net: Classifier, homogeneity: Homogeneity, gate: float | None, x: torch.Tensor, own: torch.Tensor, mu: torch.Tensor):
+    net.requires_grad_(True).freeze().set_gate(gate)
+    gradient = margin_gradient(net(x), own, mu, list(net.parameters()), create_graph=True)
+    residual = stationarity(list(target(net, homogeneity).values()), gradient)
+    return residual.detach(), *torch.autograd.grad(residual, (x, mu))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    architecture=st.sampled_from(PERCEPTRONS),
+    hidden=st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    samples=st.integers(2, 60),
+    gate=st.sampled_from([None, 1.0, 50.0]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    kept=st.booleans(),
+)
+def test_the_closed_form_equals_the_double_backward(architecture, hidden, samples, gate, dtype, kept):
+    net = network(architecture, tuple(hidden), dtype)
+    homogeneity = everywhere(net, () if kept else ("layers.1.weight", "layers.2.bias"))
+    x, own, mu = batch(net, samples, dtype)
+    expected = reference(net, homogeneity, gate, x, own, mu)
+    step = step_of(net, homogeneity, gate)
+    assert isinstance(step, ClosedForm)
+    torch.testing.assert_close(step.logits(x), net(x))
+    residual = step.stationarity(own, mu)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-4
+    for found, slow in zip((residual.detach(), *torch.autograd.grad(residual, (x, mu))), expected, strict=True):
+        assert (found - slow).norm() <= tolerance * max(slow.norm().item(), 1e-3)
+
+
+@pytest.mark.parametrize("architecture", [*PERCEPTRONS, "convolutional", "residual"])
+@pytest.mark.parametrize("gate", [None, 50.0])
+def test_every_architecture_has_a_step_and_a_chunked_one(architecture: str, gate: float | None):
+    net = network(architecture, (3,) if architecture == "residual" else (4, 3), torch.float64)
+    x, own, mu = batch(net, 12, torch.float64)
+    expected = reference(net, everywhere(net), gate, x, own, mu)
+    coupled = architecture in ("batchnorm", "residual")
+    goal = list(target(net, everywhere(net)).values())
+    chunked = chunked_stationarity(net, goal, x, own, mu, len(x) if coupled else 5)
+    step = step_of(net, everywhere(net), gate)
+    assert isinstance(step, DoubleBackward if architecture in ("convolutional", "residual") else ClosedForm)
+    step.logits(x)
+    for residual in (chunked, step.stationarity(own, mu)):
+        for found, slow in zip((residual.detach(), *torch.autograd.grad(residual, (x, mu))), expected, strict=True):
+            torch.testing.assert_close(found, slow, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["batchnorm", "residual"])
+def test_the_statistics_are_those_that_batch_normalisation_keeps(architecture: str):
+    net = network(architecture, (3,), torch.float64)
+    x, _, _ = batch(net, 20, torch.float64)
+    net.settle(x.detach())
+    step = step_of(net, everywhere(net), 50.0)
+    step.logits(x)
+    assert step.statistics_mismatch().item() < 1e-20
+    step.logits(x * 1.5 + 0.1)
+    assert step.statistics_mismatch().item() > 0.01
+
+
+@pytest.mark.parametrize(("samples", "out", "fan_in"), [(3, 40, 50), (60, 4, 5)])
+def test_the_squared_norm_of_outer_products_is_the_same_both_ways(samples: int, out: int, fan_in: int):
+    rng = torch.Generator().manual_seed(0)
+    delta, a = (torch.randn(samples, n, generator=rng, dtype=torch.float64).requires_grad_() for n in (out, fan_in))
+    assert torch.autograd.gradcheck(squared_norm, (delta, a))
+    slow = torch.stack([torch.outer(d, v) for d, v in zip(delta, a, strict=True)]).sum(0).square().sum()
+    torch.testing.assert_close(squared_norm(delta, a), slow)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the CUDA path was never run on real hardware")
+def test_the_step_on_cuda_equals_the_one_on_the_cpu():
+    net = network("batchnorm", (6, 5), torch.float64)
+    x, own, mu = batch(net, 9, torch.float64)
+    expected = reference(net, everywhere(net), 50.0, x, own, mu)
+    step = step_of(net.cuda(), everywhere(net), 50.0)
+    x, own, mu = x.detach().cuda().requires_grad_(), own.cuda(), mu.detach().cuda().requires_grad_()
+    step.logits(x)
+    residual = step.stationarity(own, mu)
+    for found, slow in zip((residual.detach(), *torch.autograd.grad(residual, (x, mu))), expected, strict=True):
+        torch.testing.assert_close(found.cpu(), slow, rtol=1e-9, atol=1e-10)
