@@ -25,8 +25,8 @@ class _SmoothGate(torch.autograd.Function):
         return z.clamp_min(0)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        return slope * torch.sigmoid(ctx.sharpness * ctx.saved_tensors[0]), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * torch.sigmoid(ctx.sharpness * ctx.saved_tensors[0]), None
 
 
 class SmoothGateReLU(nn.Module):

@@ -47,8 +47,8 @@ class _Total(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, slope: Tensor) -> Tensor:
-        return _Total.apply(slope)
+    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> Tensor:
+        return _Total.apply(*grad_outputs)
 
 
 def total(part: Tensor) -> Tensor:
@@ -81,14 +81,14 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 class _Shared(_BatchNorm):
     """Batch normalisation whose batch is that of all processes; `SyncBatchNorm` has no CPU version."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         if ranks() == 1 or not self.training:
-            return super().forward(x)
-        dims = [0, *range(2, x.ndim)]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        count = x.numel() // x.shape[1] * ranks()
-        centre = total(x.sum(dims)) / count
-        centred = x - centre.view(shape)
+            return super().forward(input)
+        dims = [0, *range(2, input.ndim)]
+        shape = [1, -1] + [1] * (input.ndim - 2)
+        count = input.numel() // input.shape[1] * ranks()
+        centre = total(input.sum(dims)) / count
+        centred = input - centre.view(shape)
         variance = total(centred.square().sum(dims)) / count
         if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
             self.running_mean.lerp_(centre.detach(), self.momentum)

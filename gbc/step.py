@@ -31,7 +31,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, value_slope: Tensor, gate_slope: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, value_slope: Tensor, gate_slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (gate,) = ctx.saved_tensors
         return (1 - gate).mul_(gate_slope).mul_(ctx.sharpness).add_(value_slope).mul_(gate), None
 
@@ -47,7 +47,7 @@ class _GramNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         delta, a, gram_delta, gram_a = ctx.saved_tensors
         return (2 * slope * gram_a) @ delta, (2 * slope * gram_delta) @ a if ctx.needs_input_grad[1] else None
 
@@ -222,7 +222,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, mu, own = ctx.saved_tensors
         slopes = torch.empty_like(x), torch.empty_like(mu)
         zeta = list(ctx.network.parameters())

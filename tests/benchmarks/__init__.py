@@ -30,7 +30,7 @@ def peak_bytes(function: Callable[[], object]) -> int:
     changes = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]  # type: ignore[union-attr]
     held = most = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # type: ignore[attr-defined]
         most = max(most, held)
     return most
 

@@ -1,8 +1,9 @@
 """One step's stationarity and its gradient with respect to images and multipliers: ours, autograd's, and a gradient per sample.
 
-Autograd's double backward comes in two forms: as published codes have it, where the backward pass goes on into the classifier's weights, and the best
-eager one, which stops at the images and multipliers. The share of the machine's matrix-product speed counts the products that the chosen form
-needs, two operations for each multiplication. Homogeneous: 784-3000-100-10 and 600 samples; batch_norm: the committed `mnist`.
+Autograd's double backward comes in two forms: as published codes have it, where the backward pass goes on into the classifier's
+weights, and the best eager one, which stops at the images and multipliers. The share of the machine's matrix-product speed counts
+the products that the chosen form needs, two operations for each multiplication. Homogeneous: 784-3000-100-10 and 600 samples;
+batch_norm: the committed `mnist`.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,10 @@ ROUNDS, VMAP_SAMPLES, SQUARE = 15, 20, 2048
 
 
 def products(widths: list[int], samples: int) -> int:
-    """Multiplications of one closed-form step: for every layer the way forward and back, δ's and its adjoint, and ‖δᵀa‖² by the cheaper way."""
+    """Multiplications of one closed-form step.
+
+    For every layer those of the way forward and back, of δ and its adjoint, and of ‖δᵀa‖² by the cheaper way.
+    """
     count = 0
     for layer, (fan_in, out) in enumerate(zip(widths, widths[1:], strict=False)):
         count += samples * fan_in * out * (4 if layer else 2)
