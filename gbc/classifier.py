@@ -18,11 +18,16 @@ from gbc.params import InputError
 class _SmoothGate(torch.autograd.Function):
     """relu(z), with the derivative σ(sharpness·z); twice differentiable."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, z: Tensor, sharpness: float) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.sharpness = sharpness
+    def forward(z: Tensor, sharpness: float) -> Tensor:
         return z.clamp_min(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.sharpness = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
