@@ -90,10 +90,13 @@ class _Shared(_BatchNorm):
         centre = total(input.sum(dims)) / count
         centred = input - centre.view(shape)
         variance = total(centred.square().sum(dims)) / count
-        if self.running_mean is not None and self.running_var is not None and self.momentum is not None:
+        if self.track_running_stats:
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
             self.running_mean.lerp_(centre.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
-        if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         scale = (variance + self.eps).rsqrt() * self.weight
         return centred * scale.view(shape) + self.bias.view(shape)

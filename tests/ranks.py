@@ -13,13 +13,13 @@ from gbc.homogeneity import Homogeneity
 from gbc.params import GeneratorParams, TrainParams, load_params
 from gbc.training import train
 
-SHARED = GeneratorParams(noise=8, spread=0.1, width=32, channels=8, learning_rate=6e-3, alpha_learning_rate=1e-2, delta=0.05, gate=50.0)
+SHARED = GeneratorParams(noise=8, spread=0.1, width=32, channels=8, learning_rate=1e-3, alpha_learning_rate=1e-3, delta=0.05, gate=50.0)
 TASK = TrainParams(
     classifiers=["first", "second"],
     anchors=8,
     batch=24,
     length=1.0,
-    matrix_learning_rate=0.02,
+    matrix_learning_rate=0.002,
     stationarity=1.0,
     total_variation=1.0,
     statistics=10.0,

@@ -75,13 +75,13 @@ def test_loss_terms_measure_margins_in_units_of_the_margin_asked_for():
 
 def test_the_floor_lifts_the_runner_ups_multiplier_only():
     network, homogeneity, data = toy("all", "homogeneous")
-    step = step_of(network, homogeneity, 50.0)
     x, y = data["train_x"], data["train_y"]
     logits = network(x)
     runner_up = torch.zeros_like(logits).scatter(1, logits.scatter(1, y[:, None], -torch.inf).argmax(1, keepdim=True), 1.0)
-    floored = loss_terms(step, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
     goal = list(target(network, homogeneity).values())
-    explicit = stationarity(goal, margin_gradient(network(x), y, 0.5 * runner_up, list(network.parameters())))
+    explicit = stationarity(goal, margin_gradient(network.set_gate(50.0)(x), y, 0.5 * runner_up, list(network.parameters())))
+    step = step_of(network, homogeneity, 50.0)
+    floored = loss_terms(step, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
     assert floored.item() == pytest.approx(explicit.item(), abs=1e-6)
 
 

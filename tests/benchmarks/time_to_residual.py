@@ -1,0 +1,62 @@
+"""Seconds to the residual that the published form of the step reaches in its whole budget: ours against it.
+
+Both train the committed generator of `mnist` on the committed classifier, from the same seed: the published form with autograd's
+double backward into weights that require gradients, and Adam; ours as committed. Each follows its own learning-rate cosine; ours
+gets a third of the steps. Needs data/classifiers/mnist and data/lambda/mnist (`dvc pull`), and data/samples/mnist.safetensors for
+the AUC.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from gbc import training
+from gbc.artifacts import load_network, load_tensors
+from gbc.classifier import Classifier
+from gbc.evaluation import evaluate
+from gbc.homogeneity import load_homogeneity
+from gbc.params import TrainParams, load_params
+from gbc.step import DoubleBackward
+from tests.benchmarks import show
+
+NAME, PUBLISHED, OURS, SEEDS = "mnist", 450, 150, (0, 1, 2)
+BACKWARD = Tensor.backward
+
+
+def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
+    """Curve of the residual, seconds, and train_control_auc of a training of so many steps."""
+    params = dataclasses.replace(load_params([]), seed=seed, steps=steps)
+    network = load_network(Path(f"data/classifiers/{NAME}"), Classifier)
+    homogeneity = load_homogeneity(Path(f"data/lambda/{NAME}/lambda.json"))
+    generator, history, seconds = training.train(params, task, [network], [homogeneity], torch.device("cpu"))
+    data = load_tensors(Path(f"data/samples/{NAME}.safetensors"))
+    metrics, _, _ = evaluate(generator, [load_network(Path(f"data/classifiers/{NAME}"), Classifier)], [data], [[]], 2000, seed)
+    return history, seconds, metrics["train_control_auc"]
+
+
+def main() -> None:
+    """Print the result."""
+    task = dataclasses.replace(load_params([]).train_single[NAME], length=1.0)
+    ratios, rows = [], []
+    for seed in SEEDS:
+        with (
+            mock.patch.object(training, "step_of", DoubleBackward),
+            mock.patch.object(Tensor, "backward", lambda loss, inputs: BACKWARD(loss)),  # into the weights too
+        ):
+            theirs, whole, their_auc = run(dataclasses.replace(task, matrix_learning_rate=0.0), PUBLISHED, seed)
+        goal = theirs["stationarity"].iloc[-1]
+        ours, seconds, our_auc = run(task, OURS, seed)
+        there = ours[ours["stationarity"] <= goal]["step"]
+        ratios.append(whole / (seconds * (there.iloc[0] + 1) / OURS) if len(there) else 0.0)
+        rows.append({"residual": goal, "our_residual": ours["stationarity"].iloc[-1], "auc": their_auc, "our_auc": our_auc})
+        rows[-1] |= {"seconds": whole, "our_seconds": seconds, "ratio": ratios[-1]}
+    show({"time_to_residual_ratio": statistics.median(ratios), "seeds": rows})
+
+
+if __name__ == "__main__":
+    main()
