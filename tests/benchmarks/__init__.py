@@ -1,5 +1,6 @@
 """Benchmarks: `python -m tests.benchmarks.<name> --json`. Ratios of things measured in turn in one process."""
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -9,6 +10,19 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from gbc.classifier import Classifier
+from gbc.homogeneity import Homogeneity
+from gbc.params import TrainParams, load_params
+
+
+def untrained(name: str) -> tuple[TrainParams, Classifier, Homogeneity]:
+    """The committed parameters of a generator born from one classifier, and a classifier of the committed size with random weights."""
+    params = load_params([])
+    task, pretrain = dataclasses.replace(params.train_single[name], length=1.0), params.pretrain[name]
+    network = Classifier(pretrain.architecture, (28, 28), tuple(pretrain.hidden), tuple(params.sample[name].classes))
+    network.initialise(torch.Generator().manual_seed(0), pretrain.first_scale, pretrain.rest_scale)
+    return task, network, Homogeneity({key: 1 / 3 for key, _ in network.named_parameters()}, {}, 0, 0.0)
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

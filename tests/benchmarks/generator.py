@@ -9,25 +9,18 @@ import sys
 
 import torch
 
-from gbc.classifier import Classifier
-from gbc.homogeneity import Homogeneity
 from gbc.params import load_params
 from gbc.step import step_of
 from gbc.training import train
-from tests.benchmarks import interleaved, show
+from tests.benchmarks import interleaved, show, untrained
 
 STEPS, ROUNDS = 20, 5
 
 
 def main(name: str) -> None:
     """Print the result."""
-    params = load_params([])
-    task = dataclasses.replace(params.train_single[name], length=1.0)
-    pretrain = params.pretrain[name]
-    network = Classifier(pretrain.architecture, (28, 28), tuple(pretrain.hidden), tuple(range(10)))
-    network.initialise(torch.Generator().manual_seed(0), pretrain.first_scale, pretrain.rest_scale)
-    homogeneity = Homogeneity({key: 1 / 3 for key, _ in network.named_parameters()}, {}, 0, 0.0)
-    params = dataclasses.replace(params, steps=STEPS)
+    task, network, homogeneity = untrained(name)
+    params = dataclasses.replace(load_params([]), steps=STEPS)
     x, mu = torch.rand(task.batch, 28, 28).requires_grad_(), torch.rand(task.batch, 10).requires_grad_()
     own = torch.arange(task.batch) % 10
     step = step_of(network, homogeneity, params.generator.gate)
