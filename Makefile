@@ -1,4 +1,5 @@
 # make repro: environment and the whole pipeline. make test: environment, lint, types and tests. make check: the committed results.
+# make benchmarks: speed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -6,7 +7,7 @@ SHELL = bash
 .SHELLFLAGS = -euo pipefail -c
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test lint check
+.PHONY: repro test lint check benchmarks
 
 repro: $(VENV)/installed
 	dvc repro
@@ -25,6 +26,13 @@ check: $(VENV)/installed
 	plan=$$(dvc repro --dry --allow-missing); echo "$$plan"; ! grep "^Running stage" <<<"$$plan"
 	python -m stages.report
 	git diff --exit-code --stat reports
+
+# Speed against the published form of the step and other libraries, for the report's table; needs `dvc pull` or `make repro`, about 15 minutes.
+benchmarks: $(VENV)/installed
+	for name in kkt_step time_to_residual pretrain ssim generator scaling; do \
+		python -m tests.benchmarks.$$name --json > data/benchmarks/$$name.partial; \
+		mv data/benchmarks/$$name.partial data/benchmarks/$$name.json; \
+	done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -127,8 +127,22 @@ def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
     return wide(pd.DataFrame.from_dict(rows, orient="index"))
 
 
-def render(metrics: Mapping[str, Mapping[str, Any]], certificates: Mapping[str, Mapping[str, Any]], figures: Mapping[str, bytes]) -> str:
-    """The page: tables of all metrics and certificates, and every figure (PNG bytes) with a paragraph on what to see."""
+def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every number of every benchmark in a row, as HTML."""
+    rows = []
+    for name, results in benchmarks.items():
+        flat = pd.json_normalize(dict(results)).iloc[0].drop(["threads", "torch"])
+        rows += [{"benchmark": name, "measured": key, "value": value} for key, value in flat.items() if isinstance(value, float | int)]
+    return wide(pd.DataFrame(rows).set_index("benchmark"))
+
+
+def render(
+    metrics: Mapping[str, Mapping[str, Any]],
+    certificates: Mapping[str, Mapping[str, Any]],
+    benchmarks: Mapping[str, Mapping[str, Any]],
+    figures: Mapping[str, bytes],
+) -> str:
+    """The page: tables of all metrics, certificates and benchmarks, and every figure (PNG bytes) with a paragraph on what to see."""
     sections = [
         f'<h2 id="{name}">{name}</h2>\n<p>{caption(name)}</p>\n<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
         for name, png in figures.items()
@@ -150,6 +164,11 @@ def render(metrics: Mapping[str, Mapping[str, Any]], certificates: Mapping[str, 
             "“Z₁”: over the parameters of the largest λ alone; “all”: over all, the target being zero on Z₂.</p>",
             certify_table(certificates),
             *sections,
+            '<h2 id="benchmarks">benchmarks</h2>\n<p>Speed, as ratios of things measured in turn in one process on two cores; above 1 ours is faster '
+            "(<code>speedup_…</code>), or uses more (<code>…_ratio</code>; for <code>time_to_residual_ratio</code> and <code>step_ratio</code> more is better). "
+            "<code>kkt_step</code> is Eq. 5's residual with its gradient; <code>matmul_share</code> the share of the machine's own matrix-product speed. Measured by "
+            "<code>make benchmarks</code>, not by the pipeline: the numbers are kept in data/benchmarks.</p>",
+            benchmarks_table(benchmarks),
             "</body>\n</html>\n",
         ]
     )

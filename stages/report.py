@@ -8,7 +8,7 @@ DATA, REPORTS = Path("data"), Path("reports")
 
 
 def main(params: Params) -> None:
-    """data/{evaluations,histories,oracles,lambda}/ → reports/."""
+    """data/{evaluations,histories,oracles,lambda,benchmarks}/ → reports/."""
     from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
     from gbc.figures import draw, save_figure
     from gbc.homogeneity import load_homogeneity
@@ -29,12 +29,13 @@ def main(params: Params) -> None:
     classes = {name: len({y for part in task.classifiers for y in params.sample[part].classes}) for name, task in params.train.items()}
     certificates = {name: certificate(params.pretrain[name].architecture, lambdas[name], oracles[name]) for name in params.pretrain}
     save_json(REPORTS / "metrics.json", metrics | {"certify": certificates})
+    benchmarks = {path.stem: load_json(path) for path in sorted((DATA / "benchmarks").glob("*.json"))}
     pngs = {}
     for name, figure in draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes).items():
         path = REPORTS / "figures" / f"{name}.png"
         save_figure(path, figure)
         pngs[name] = read_bytes(path)
-    write_bytes(REPORTS / "index.html", render(metrics, certificates, pngs).encode())
+    write_bytes(REPORTS / "index.html", render(metrics, certificates, benchmarks, pngs).encode())
 
 
 if __name__ == "__main__":

@@ -73,7 +73,9 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
     everywhere = {"residual": 0.3, "heldout_residual": 0.9, "cosine": 0.95, "groups": {"0.weight": 0.3}}
     oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}
     oracle |= {"smallest_margin": 2.0, "log_loss": -3.0, "heldout_accuracy": None}
-    page = render(metrics, {"net": certificate("homogeneous", homogeneity, oracle)}, pngs)
+    speed = {"kkt_step": {"threads": 2, "torch": "2", "speedup_eager": 1.25, "batch_norm": {"speedup_eager": 1.375}}}
+    page = render(metrics, {"net": certificate("homogeneous", homogeneity, oracle)}, speed, pngs)
+    assert re.search(r"batch_norm.speedup_eager</td>\s*<td>1.38", page)
     assert "1 on 2.bias" in page  # Λ of the paper's network: 1 on its last bias
     assert "1 of 2" in page
     assert page.count("data:image/png;base64,") == len(figures)
