@@ -27,7 +27,7 @@ check: $(VENV)/installed
 	python -m stages.report
 	git diff --exit-code --stat reports
 
-# Speed against the published form of the step and other libraries, for the report's table; needs `dvc pull` or `make repro`, about 15 minutes.
+# Speed against the published form of the step and other libraries, for the report's table; needs `dvc pull` or `make repro`, about 40 minutes.
 benchmarks: $(VENV)/installed
 	for name in kkt_step time_to_residual pretrain ssim generator scaling; do \
 		python -m tests.benchmarks.$$name --json > data/benchmarks/$$name.partial; \
