@@ -30,8 +30,8 @@ check: $(VENV)/installed
 # Speed against the published form of the step and other libraries, for the report's table; needs `dvc pull` or `make repro`, about 40 minutes.
 benchmarks: $(VENV)/installed
 	for name in kkt_step time_to_residual pretrain ssim generator scaling; do \
-		python -m tests.benchmarks.$$name --json > data/benchmarks/$$name.partial; \
-		mv data/benchmarks/$$name.partial data/benchmarks/$$name.json; \
+		result=$$(python -m tests.benchmarks.$$name --json); \
+		echo "$$result" > data/benchmarks/$$name.json; \
 	done
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -28,11 +28,12 @@ DPI = 150
 COLUMNS = 20  # of a grid of images, about
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a PNG whose bytes depend on nothing but the figure."""
+def save_figure(path: Path, figure: Figure) -> bytes:
+    """Write a PNG whose bytes depend on nothing but the figure, and return them."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
     write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def fig2_duality() -> Figure:

@@ -9,7 +9,7 @@ DATA, REPORTS = Path("data"), Path("reports")
 
 def main(params: Params) -> None:
     """data/{evaluations,histories,oracles,lambda,benchmarks}/ → reports/."""
-    from gbc.artifacts import load_json, load_table, load_tensors, read_bytes, save_json, write_bytes
+    from gbc.artifacts import load_json, load_table, load_tensors, save_json, write_bytes
     from gbc.figures import draw, save_figure
     from gbc.homogeneity import load_homogeneity
     from gbc.page import certificate, render
@@ -30,11 +30,8 @@ def main(params: Params) -> None:
     certificates = {name: certificate(params.pretrain[name].architecture, lambdas[name], oracles[name]) for name in params.pretrain}
     save_json(REPORTS / "metrics.json", metrics | {"certify": certificates})
     benchmarks = {path.stem: load_json(path) for path in sorted((DATA / "benchmarks").glob("*.json"))}
-    pngs = {}
-    for name, figure in draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes).items():
-        path = REPORTS / "figures" / f"{name}.png"
-        save_figure(path, figure)
-        pngs[name] = read_bytes(path)
+    figures = draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes)
+    pngs = {name: save_figure(REPORTS / "figures" / f"{name}.png", figure) for name, figure in figures.items()}
     write_bytes(REPORTS / "index.html", render(metrics, certificates, benchmarks, pngs).encode())
 
 

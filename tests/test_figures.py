@@ -67,8 +67,8 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
     assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "ssim_distribution"]
     pngs = {}
     for name, figure in figures.items():
-        save_figure(tmp_path / name, figure)
-        pngs[name] = (tmp_path / name).read_bytes()
+        pngs[name] = save_figure(tmp_path / name, figure)
+        assert pngs[name] == (tmp_path / name).read_bytes()
     assert re.search(r"largest relative difference \d\.\de-1\d", figures["fig3_lambda"].axes[0].get_title())
     everywhere = {"residual": 0.3, "heldout_residual": 0.9, "cosine": 0.95, "groups": {"0.weight": 0.3}}
     oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}

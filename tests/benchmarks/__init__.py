@@ -5,7 +5,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,21 @@ from gbc.homogeneity import Homogeneity
 from gbc.params import TrainParams, load_params
 
 
+def random_network(architecture: str, hidden: Sequence[int]) -> tuple[Classifier, Homogeneity]:
+    """A classifier of digits, and a Λ that keeps every parameter.
+
+    Its weights are random and small, as trained ones are: the smooth gate of large inputs is denormal, and slow.
+    """
+    network = Classifier(architecture, (28, 28), tuple(hidden), tuple(range(10)))
+    network.initialise(torch.Generator().manual_seed(0), 0.05, 0.3)
+    return network, Homogeneity({name: 1 / 3 for name, _ in network.named_parameters()}, {}, 0, 0.0)
+
+
 def untrained(name: str) -> tuple[TrainParams, Classifier, Homogeneity]:
-    """The committed parameters of a generator born from one classifier, and a classifier of the committed size with random weights."""
+    """The committed parameters of a generator born from one classifier, and a random classifier of the committed size."""
     params = load_params([])
-    task, pretrain = dataclasses.replace(params.train_single[name], length=1.0), params.pretrain[name]
-    network = Classifier(pretrain.architecture, (28, 28), tuple(pretrain.hidden), tuple(params.sample[name].classes))
-    network.initialise(torch.Generator().manual_seed(0), pretrain.first_scale, pretrain.rest_scale)
-    return task, network, Homogeneity({key: 1 / 3 for key, _ in network.named_parameters()}, {}, 0, 0.0)
+    pretrain = params.pretrain[name]
+    return dataclasses.replace(params.train_single[name], length=1.0), *random_network(pretrain.architecture, pretrain.hidden)
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -50,6 +58,6 @@ def peak_bytes(function: Callable[[], object]) -> int:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the result: one JSON object with --json, else a line for each number."""
+    """Print the result: one JSON object, on one line with --json, else a line for each number."""
     result = {"threads": torch.get_num_threads(), "torch": torch.__version__} | result
-    print(json.dumps(result) if "--json" in sys.argv else json.dumps(result, indent=2))
+    print(json.dumps(result, indent=None if "--json" in sys.argv else 2))

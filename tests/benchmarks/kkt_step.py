@@ -11,12 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gbc.classifier import Classifier
-from gbc.homogeneity import Homogeneity
 from gbc.kkt import stationarity, target
 from gbc.params import load_params
-from gbc.step import DoubleBackward, step_of
-from tests.benchmarks import interleaved, peak_bytes, show
+from gbc.step import DoubleBackward, Step, step_of
+from tests.benchmarks import interleaved, peak_bytes, random_network, show
 
 ROUNDS, VMAP_SAMPLES, SQUARE = 15, 20, 2048
 
@@ -36,26 +34,22 @@ def products(widths: list[int], samples: int) -> int:
 def measure(architecture: str, hidden: list[int], samples: int) -> dict[str, float]:
     """The keys of the contract for one classifier and number of samples."""
     rng = torch.Generator().manual_seed(0)
-    networks = [Classifier(architecture, (28, 28), tuple(hidden), tuple(range(10))) for _ in range(3)]
-    for network in networks:  # small, as trained ones are: the smooth gate of large inputs is denormal, and slow
-        network.initialise(torch.Generator().manual_seed(0), 0.05, 0.3)
-    homogeneity = Homogeneity({name: 1 / 3 for name, _ in networks[0].named_parameters()}, {}, 0, 0.0)
+    (network, homogeneity), (twin, _), (single, _) = (random_network(architecture, hidden) for _ in range(3))
     x = torch.rand(samples, 28, 28, generator=rng).requires_grad_()
     mu = torch.rand(samples, 10, generator=rng).requires_grad_()
     own = torch.randint(10, (samples,), generator=rng)
-    ours, eager = step_of(networks[0], homogeneity, 50.0), DoubleBackward(networks[1], homogeneity, 50.0)
+    ours, eager = step_of(network, homogeneity, 50.0), DoubleBackward(twin, homogeneity, 50.0)
 
-    def one(step: object, **where: list[Tensor]) -> Callable[[], None]:
+    def one(step: Step, inputs: list[Tensor] | None = None) -> Callable[[], None]:
         def run() -> None:
             x.grad = mu.grad = None
-            step.logits(x)  # type: ignore[attr-defined]
-            step.stationarity(own, mu).backward(**where)  # type: ignore[attr-defined]
+            step.logits(x)
+            step.stationarity(own, mu).backward(inputs=inputs)
             eager.network.zero_grad()
 
         return run
 
-    single = networks[2].freeze().eval().set_gate(50.0)
-    single.requires_grad_(True)
+    single.eval().set_gate(50.0)
     names, zeta = zip(*single.named_parameters(), strict=True)
     buffers = dict(single.named_buffers())
     goal = list(target(single, homogeneity).values())
@@ -73,9 +67,9 @@ def measure(architecture: str, hidden: list[int], samples: int) -> dict[str, flo
 
     left, right = (torch.rand(SQUARE, SQUARE) for _ in range(2))
     functions: dict[str, Callable[[], object]] = {
-        "ours": one(ours, inputs=[x, mu]),
+        "ours": one(ours, [x, mu]),
         "published": one(eager),
-        "eager": one(eager, inputs=[x, mu]),
+        "eager": one(eager, [x, mu]),
         "square": lambda: left @ right,
     }
     seconds = interleaved(functions, ROUNDS)

@@ -18,7 +18,7 @@ from gbc.params import load_params
 from gbc.pretraining import descend, log_loss
 from tests.benchmarks import show
 
-GOAL, SIZES, LEAST = -100.0, (0.03, 0.1, 0.3, 1.0, 3.0), 1000
+GOAL, SIZES, LEAST = -100.0, (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0), 1000
 
 
 def main() -> None:
@@ -48,9 +48,8 @@ def main() -> None:
                 p.data.sub_(slope, alpha=size)
         half = np.arange(len(curve) // 2, len(curve))
         if math.isfinite(curve[-1]):
-            slope, start = np.polyfit(np.log(half + 1), np.array(curve)[half], 1)
-            slope = min(slope, -1.0)
-            needed[size] = (curve[-1] - GOAL) / -slope / math.log(10) + math.log10(len(curve))  # logarithm to base 10 of the steps
+            power = max(1.0, -np.polyfit(np.log(half + 1), np.array(curve)[half], 1)[0])
+            needed[size] = (curve[-1] - GOAL) / power / math.log(10) + math.log10(len(curve))  # logarithm to base 10 of the steps
     size, steps = min(needed.items(), key=lambda item: item[1])
     show(
         {

@@ -7,17 +7,15 @@ from collections.abc import Callable
 
 import torch
 
-from gbc.classifier import Classifier
 from gbc.step import chunked_stationarity
-from tests.benchmarks import interleaved, peak_bytes, show
+from tests.benchmarks import interleaved, peak_bytes, random_network, show
 
 CHUNK, BANKS, WIDTHS, STEPS = 1000, (100, 1000, 5000, 10_000), (500, 2000, 8000), 60
 
 
 def banked(width: int, bank: int) -> Callable[[], None]:
     """One step on random images for a 784-width-100-10 network."""
-    network = Classifier("homogeneous", (28, 28), (width, 100), tuple(range(10)))
-    network.initialise(torch.Generator().manual_seed(0), 0.05, 0.3)
+    network, _ = random_network("homogeneous", (width, 100))
     network.set_gate(50.0)
     goal = [p.detach() for p in network.parameters()]
     x, mu = torch.rand(bank, 28, 28).requires_grad_(), torch.rand(bank, 10).requires_grad_()
