@@ -61,6 +61,13 @@ def mean(part: Tensor) -> Tensor:
     return total(part.sum(0)) / (len(part) * ranks())
 
 
+def moments(samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance over the samples, the first dimension, of all processes, and this process's samples less the mean."""
+    average = mean(samples)
+    centred = samples - average
+    return average, mean(centred.square()), centred
+
+
 def share(whole: Tensor) -> Tensor:
     """This process's samples of a batch that every process has drawn."""
     return whole[rank() :: ranks()]
@@ -84,22 +91,19 @@ class _Shared(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if ranks() == 1 or not self.training:
             return super().forward(input)
-        dims = [0, *range(2, input.ndim)]
-        shape = [1, -1] + [1] * (input.ndim - 2)
-        count = input.numel() // input.shape[1] * ranks()
-        centre = total(input.sum(dims)) / count
-        centred = input - centre.view(shape)
-        variance = total(centred.square().sum(dims)) / count
+        channels_last = input.movedim(1, -1)
+        average, variance, centred = moments(channels_last.flatten(0, -2))
         if self.track_running_stats:
             assert self.running_mean is not None
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             assert self.momentum is not None
-            self.running_mean.lerp_(centre.detach(), self.momentum)
+            count = len(centred) * ranks()
+            self.running_mean.lerp_(average.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
-        scale = (variance + self.eps).rsqrt() * self.weight
-        return centred * scale.view(shape) + self.bias.view(shape)
+        normal = centred * (variance + self.eps).rsqrt()
+        return torch.addcmul(self.bias, normal, self.weight).view_as(channels_last).movedim(-1, 1)
 
 
 class BatchNorm1d(_Shared, nn.BatchNorm1d):

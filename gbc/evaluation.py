@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gbc.classifier import Classifier
-from gbc.generator import Generator
+from gbc.generator import Generator, to_uint8
 from gbc.similarity import ssim
 
 NEAR = 0.15  # distance at which a toy sample counts as at a training point; neighbours on the circle are 0.35 apart
 STUDENT_STEPS, STUDENT_WIDTH = 300, 256
+BANK = ["precision_ratio", "recall_ratio", "train_control_auc", "leak_60"]  # scores of the fixed codes: every anchor, without noise
 PICTURES = 60  # generated images kept for the figure
 EXTENT, GRID = 1.6, 240  # the toy's landscape covers [-EXTENT, EXTENT]² with GRID² places
 
@@ -62,6 +63,12 @@ def diversity(images: Images, per_class: int = 50) -> float:
     return torch.stack(values).mean().item()
 
 
+def duplicates(images: Images) -> float:
+    """Share of images whose SSIM with an earlier one of their class is above 0.95."""
+    again = [(ssim(x, x).tril(-1) > 0.95).any(1) for x in (images.x[images.y == label] for label in images.y.unique())]
+    return torch.cat(again).double().mean().item()
+
+
 def shared_scores(similarities: Similarities) -> dict[str, float]:
     """The four scores that baselines share with generators: precision, recall, and what is given away."""
     train_best, control_best = similarities.train.amax(0), similarities.control.amax(0)
@@ -92,6 +99,7 @@ def score_images(generated: Images, ours: Similarities, reference: Images, real:
         "precision_ratio": (fair.amax(1).mean() / perfect.amax(1).mean()).item(),
         "recall_ratio": (fair.amax(0).mean() / perfect.amax(0).mean()).item(),
         "diversity_ratio": diversity(generated) / diversity(train),
+        "duplicates": duplicates(generated),
         "leak_50": leak(train_best, control_best, 0.5),
         "recall_40": (train_best > 0.4).double().mean().item(),
         "recall_50": (train_best > 0.5).double().mean().item(),
@@ -146,11 +154,6 @@ def class_means(train: Images) -> Images:
     return Images(torch.stack([means[label] for label in train.y.tolist()]), train.y)
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [0, 1] as 0 … 255."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def evaluate_images(
     generated: Images, generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
@@ -169,7 +172,10 @@ def evaluate_images(
     untrained_images = Images(*untrained.sample(len(generated.x), torch.Generator().manual_seed(seed)))
     baselines = {"class_mean": class_means(train), "untrained": untrained_images}
     ours, real = compare(generated, train, control), compare(reference, train, control)
+    bank = Images(*generator.bank())
+    fixed = score_images(bank, compare(bank, train, control), reference, real, train)
     metrics: dict[str, Any] = score_images(generated, ours, reference, real, train) | {
+        **{f"{key}_bank": fixed[key] for key in BANK},
         "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),
         "student_accuracy": student_accuracy(generated, reference, seed),
         "baselines": {name: shared_scores(compare(images, train, control)) for name, images in baselines.items()}

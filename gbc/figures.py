@@ -159,6 +159,28 @@ def fig5_toy_pair(first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarr
     return figure
 
 
+def _tiled(images: np.ndarray, background: int = 0) -> np.ndarray:
+    """Images [n, height, width] or [n, channels, height, width] in a row, each in a frame."""
+    row = images if images.ndim == 3 else np.moveaxis(images, 1, -1)
+    return np.concatenate([np.pad(tile, [(1, 1), (1, 1)] + [(0, 0)] * (tile.ndim - 2), constant_values=background) for tile in row], 1)
+
+
+def film_strips(pictures: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
+    """Every generator's samples of the same codes, uint8, in a row for every number of steps made."""
+    rows = math.ceil(len(pictures) / 2)
+    figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
+    for axes, (name, shown) in zip(grid, pictures.items(), strict=False):
+        picture, steps = np.concatenate([_tiled(samples) for samples in shown["film"]]), shown["film_step"]
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        centres = (np.arange(len(steps)) + 0.5) * len(picture) / len(steps)
+        axes.set(title=name, xticks=[], yticks=centres, yticklabels=steps, ylabel="steps")
+        axes.grid(False)
+    for axes in grid[len(pictures) :]:
+        axes.remove()
+    return figure
+
+
 def fig_images(generated: np.ndarray, nearest: np.ndarray, classes: int, title: str) -> Figure:
     """Odd rows: generated images; even rows: the nearest training image of each, by SSIM. [n, height, width] or with channels, uint8.
 
@@ -171,10 +193,7 @@ def fig_images(generated: np.ndarray, nearest: np.ndarray, classes: int, title: 
     tiles = []
     for start in range(0, len(generated), classes * share):
         for images, background in ((generated, 0), (nearest, 255)):
-            row = images[start : start + classes * share]
-            row = row if row.ndim == 3 else np.moveaxis(row, 1, -1)
-            framed = [np.pad(tile, [(1, 1), (1, 1)] + [(0, 0)] * (tile.ndim - 2), constant_values=background) for tile in row]
-            tiles.append(np.concatenate(framed, 1))
+            tiles.append(_tiled(images[start : start + classes * share], background))
     picture = np.concatenate(tiles)
     figure = Figure(figsize=(10, 10 * picture.shape[0] / picture.shape[1] + 0.4), layout="constrained")
     axes = figure.subplots()
@@ -266,5 +285,6 @@ def draw(
     figures["pretraining_curves"] = pretraining_curves(descents)
     figures["loss_curves"] = loss_curves(histories, {name: values["oracle_residual"] for name, values in metrics.items()})
     if images:
+        figures["film"] = film_strips({name: pictures[name] for name in images})
         figures["ssim_distribution"] = ssim_distribution({name: tables[name] for name in images})
     return figures

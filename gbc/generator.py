@@ -26,6 +26,11 @@ def kaiming(network: nn.Module, rng: torch.Generator) -> None:
                 module.bias.zero_()
 
 
+def to_uint8(images: Tensor) -> Tensor:
+    """Pixels in [0, 1] as 0 … 255."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 class ChannelsLast(nn.Module):
     """Changes the memory layout alone: a convolution to one or three channels is several times faster in it on a CPU."""
 
@@ -113,6 +118,14 @@ class Generator(Network):
         anchor = torch.randint(self.anchors, (count,), generator=rng)
         device = self.centres.device
         return self.eval()(self.perturb(anchor.to(device), rng), y.to(device), index.to(device)), y.to(device)
+
+    @torch.no_grad()
+    def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
+        """The sample at every anchor for every label, without noise, and their labels; t is the first classifier that knows the label."""
+        device = self.centres.device
+        y = self.labels.repeat_interleave(self.anchors)
+        index = torch.tensor([next(t for t, part in enumerate(self.known) if label in part) for label in y.tolist()], device=device)
+        return self.eval()(self.centres.repeat(len(self.labels), 1), y, index), y
 
 
 class Multipliers(nn.Module):

@@ -41,6 +41,7 @@ CAPTIONS = {
     "the residual falls. Where the two lines part, the weights tell training images from others. mnist_biased, at 1e-7, is below the panel: Z₁ is its last bias alone.",
     "loss_curves": "Training. Stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
     "images reach with the best multipliers. Duality is in units of the margin asked for.",
+    "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares.",
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
 }

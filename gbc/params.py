@@ -84,7 +84,7 @@ class GeneratorParams:
     learning_rate: float = ranged(0.0)
     alpha_learning_rate: float = ranged(0.0)
     delta: float = ranged(0.0)
-    gate: float = ranged(0.0)
+    matmul_precision: str = one_of("highest", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class TrainParams:
     length: float = ranged(0.0)
     matrix_learning_rate: float = ranged(0.0)
     stationarity: float = ranged(0.0)
+    duality: float = ranged(0.0)
+    gate: float = ranged(0.0)
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)
     margin_reward: float = ranged(0.0, 1.0)

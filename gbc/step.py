@@ -4,6 +4,7 @@ A fully connected network's gradients are outer products, so its residual is wri
 pass serves. Any other network's is differentiated twice. `kkt` holds the plain form of both.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import mean, ranks, total
+from gbc.distributed import moments, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
 
@@ -60,7 +61,7 @@ def squared_norm(delta: Float[Tensor, "batch out"], a: Float[Tensor, "batch in"]
     return total(delta.T @ a).square().sum()
 
 
-class Step:
+class Step(ABC):
     """One classifier as the generator's loss sees it: fixed weights, Λ̄ζ, and the statistics that batch normalisation keeps.
 
     `logits` looks at a batch; `stationarity` and `statistics_mismatch` speak of the batch that it last saw. Under torchrun that is the
@@ -74,13 +75,18 @@ class Step:
         self.goal = target(network, homogeneity)
         self.moments: list[tuple[_BatchNorm, Tensor, Tensor]] = []  # every batch normalisation with its input's mean and variance
 
+    @abstractmethod
     def logits(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch classes"]:
         """Φ(x), remembering what enters every batch normalisation."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stationarity(self, own: Int[Tensor, " batch"], mu: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
         """Relative residual of Eq. 5 for samples of class index `own` with multipliers `mu`, differentiable in the samples and in `mu`."""
-        raise NotImplementedError
+
+    def remember(self, module: _BatchNorm, average: Tensor, variance: Tensor, centred: Tensor) -> None:
+        """Keep a batch normalisation's moments, the variance unbiased, as its running one is."""
+        count = len(centred) * ranks()
+        self.moments.append((module, average, variance * count / (count - 1)))
 
     def statistics_mismatch(self) -> Float[Tensor, ""]:
         """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers."""
@@ -105,10 +111,7 @@ class DoubleBackward(Step):
 
     def _remember(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
         assert isinstance(module, _BatchNorm)
-        samples = arguments[0].transpose(0, 1).flatten(1).T  # [batch · positions, channels]
-        average = mean(samples)
-        count = len(samples) * ranks()
-        self.moments.append((module, average, mean((samples - average).square()) * count / (count - 1)))
+        self.remember(module, *moments(arguments[0].movedim(1, -1).flatten(0, -2)))
 
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""
@@ -145,13 +148,11 @@ class ClosedForm(Step):
                 self.tape.append((name, layer, (x, z)))
                 x = z
             elif isinstance(layer, _BatchNorm):
-                average, count = mean(x), len(x) * ranks()
-                centred = x - average
-                variance = mean(centred.square())
+                average, variance, centred = moments(x)
+                self.remember(layer, average, variance, centred)
                 scale = (variance + layer.eps).rsqrt()
                 normal = centred * scale
                 self.tape.append((name, layer, (normal, scale)))
-                self.moments.append((layer, average, variance * count / (count - 1)))
                 x = torch.addcmul(layer.bias, normal, layer.weight)
             elif isinstance(layer, SmoothGateReLU):
                 x, gate = _Gate.apply(x, self.gate)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -11,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gbc.artifacts import load_network, save_json, save_network, save_table
+from gbc.artifacts import load_network, save_json, save_network, save_table, save_tensors
 from gbc.classifier import Classifier
 from gbc.distributed import average_gradients, mean, processes, rank, ranks, share, total
-from gbc.generator import Generator, Multipliers
+from gbc.generator import Generator, Multipliers, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
 from gbc.muon import Muon
@@ -22,6 +23,7 @@ from gbc.params import InputError, Params, TrainParams, device
 from gbc.step import Step, step_of
 
 HISTORY_ROWS = 200  # of the loss curve, about
+SHOTS, SHOWN = 8, 20  # of the film: its pictures after the first, ever further apart, and the samples in each
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
 
 
@@ -84,14 +86,29 @@ def initial_alpha(g: Generator, step: Step, task: TrainParams, t: int, rng: torc
     return -mean(margin.abs()).log()
 
 
+class Trained(NamedTuple):
+    """What training ends with."""
+
+    generator: Generator
+    history: pd.DataFrame  # every term of the loss
+    film: dict[int, Tensor]  # by the number of steps made, samples of the same codes
+    seconds: float
+
+
+def shot(g: Generator, seed: int) -> Tensor:
+    """Samples of the generator as it is, always of the same codes."""
+    samples, _ = g.sample(SHOWN, torch.Generator().manual_seed(seed))
+    g.train()
+    return samples
+
+
 def train(
     params: Params, task: TrainParams, classifiers: Sequence[Classifier], homogeneities: Sequence[Homogeneity], device: torch.device
-) -> tuple[Generator, pd.DataFrame, float]:
+) -> Trained:
     """Train g, h and one α per classifier so that the generated distribution satisfies the classifiers' KKT conditions.
 
-    Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. Returns the generator, the curve of every
-    term and the seconds it took. Raises `InputError` if the classifiers take inputs of different shapes, or `batch` is below
-    their number of labels.
+    Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. Raises `InputError` if the classifiers
+    take inputs of different shapes, or `batch` is below their number of labels.
     """
     shape = classifiers[0].input_shape
     if any(classifier.input_shape != shape for classifier in classifiers):
@@ -106,7 +123,7 @@ def train(
     g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
     h = Multipliers(known, shape, shared.width, task.multiplier).initialise(rng)
     g, h = g.to(device), h.to(device)
-    steps = [step_of(c.to(device), homogeneity, shared.gate) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
+    steps = [step_of(c.to(device), homogeneity, task.gate or None) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, step, task, t, rng) for t, step in enumerate(steps)]).requires_grad_()
     matrices = [module.weight for module in g.modules() if isinstance(module, nn.Linear) and task.matrix_learning_rate]
     others = [p for p in [*g.parameters(), *h.parameters()] if all(p is not matrix for matrix in matrices)]
@@ -117,10 +134,13 @@ def train(
         optimisers.append(Muon(matrices, lr=task.matrix_learning_rate))
     decays = [torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: cosine(done, count)) for optimiser in optimisers]
     rows: list[dict[str, float]] = []
+    shots, film = {count * k * k // SHOTS**2 for k in range(SHOTS)}, {}
     began = time.perf_counter()
     every = max(1, count // HISTORY_ROWS)
     with tqdm(total=count, desc="generator", mininterval=1, disable=rank() > 0) as bar:
         for done in range(count):
+            if done in shots:
+                film[done] = shot(g, params.seed)
             loss = torch.zeros((), device=device)
             codes = [draw_codes(task.anchors, task.batch, labels, rng) for labels in known]
             sizes = [len(y) for _, y in codes]
@@ -131,7 +151,8 @@ def train(
             parts = [size // ranks() for size in sizes]
             for t, (step, x, y) in enumerate(zip(steps, samples.split(parts), share(y_all).split(parts), strict=True)):
                 terms = loss_terms(step, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
-                loss = loss + task.stationarity * terms["stationarity"] + params.beta * (terms["duality"] + task.margin_reward * alpha[t])
+                loss = loss + task.stationarity * terms["stationarity"]
+                loss = loss + params.beta * (task.duality * terms["duality"] + task.margin_reward * alpha[t])
                 loss = loss + cosine(done, count) * task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"]
                 if done % every == 0 or done == count - 1:
                     rows.append({"step": done, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
@@ -144,16 +165,20 @@ def train(
                 optimiser.step()
                 decay.step()
             bar.update()
-    return g, pd.DataFrame(rows), time.perf_counter() - began
+    return Trained(g, pd.DataFrame(rows), film | {count: shot(g, params.seed)}, time.perf_counter() - began)
 
 
 def train_and_save(params: Params, task: TrainParams, name: str) -> None:
     """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/."""
     classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
     homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
+    torch.set_float32_matmul_precision(params.generator.matmul_precision)
     with processes(device(params)) as place:
-        generator, history, seconds = train(params, task, classifiers, homogeneities, place)
+        trained = train(params, task, classifiers, homogeneities, place)
         if rank() == 0:
-            save_network(Path(f"data/generators/{name}"), generator)
-            save_table(Path(f"data/histories/{name}/history.csv"), history)
-            save_json(Path(f"data/histories/{name}/seconds.json"), round(seconds, 1))
+            history = Path(f"data/histories/{name}")
+            save_network(Path(f"data/generators/{name}"), trained.generator)
+            save_table(history / "history.csv", trained.history)
+            save_json(history / "seconds.json", round(trained.seconds, 1))
+            steps, samples = torch.tensor(list(trained.film)), torch.stack(list(trained.film.values()))
+            save_tensors(history / "film.safetensors", {"film_step": steps, "film": to_uint8(samples).cpu()})

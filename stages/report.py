@@ -16,12 +16,12 @@ def main(params: Params) -> None:
 
     metrics, pictures, tables, histories = {}, {}, {}, {}
     for name in params.train:
-        folder = DATA / "evaluations" / name
-        seconds = load_json(DATA / "histories" / name / "seconds.json")
-        metrics[name] = load_json(folder / "metrics.json") | {"seconds": seconds}
-        pictures[name] = {key: value.numpy() for key, value in load_tensors(folder / "pictures.safetensors").items()}
+        folder, history = DATA / "evaluations" / name, DATA / "histories" / name
+        metrics[name] = load_json(folder / "metrics.json") | {"seconds": load_json(history / "seconds.json")}
+        tensors = load_tensors(folder / "pictures.safetensors") | load_tensors(history / "film.safetensors")
+        pictures[name] = {key: value.numpy() for key, value in tensors.items()}
         tables[name] = load_table(folder / "best_ssim.csv")
-        histories[name] = load_table(DATA / "histories" / name / "history.csv")
+        histories[name] = load_table(history / "history.csv")
     oracles = {name: load_json(DATA / "oracles" / name / "oracle.json") for name in params.pretrain}
     lambdas = {name: load_homogeneity(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
     scalings = {name: load_table(DATA / "lambda" / name / "scaling.csv") for name in params.pretrain}

@@ -13,7 +13,16 @@ from gbc.homogeneity import Homogeneity
 from gbc.params import GeneratorParams, TrainParams, load_params
 from gbc.training import train
 
-SHARED = GeneratorParams(noise=8, spread=0.1, width=32, channels=8, learning_rate=1e-3, alpha_learning_rate=1e-3, delta=0.05, gate=50.0)
+SHARED = GeneratorParams(
+    noise=8,
+    spread=0.1,
+    width=32,
+    channels=8,
+    learning_rate=1e-3,
+    alpha_learning_rate=1e-3,
+    delta=0.05,
+    matmul_precision="highest",
+)
 TASK = TrainParams(
     classifiers=["first", "second"],
     anchors=8,
@@ -21,6 +30,8 @@ TASK = TrainParams(
     length=1.0,
     matrix_learning_rate=0.002,
     stationarity=1.0,
+    duality=1.0,
+    gate=50.0,
     total_variation=1.0,
     statistics=10.0,
     margin_reward=0.3,
@@ -47,6 +58,6 @@ if __name__ == "__main__":
     homogeneities = [Homogeneity({name: 0.5 for name, _ in network.named_parameters()}, {}, 0, 0.0) for network in networks]
     params = dataclasses.replace(load_params([]), steps=steps, generator=SHARED)
     with processes(torch.device("cpu")) as device:
-        generator, history, _ = train(params, TASK, networks, homogeneities, device)
+        generator, history, _, _ = train(params, TASK, networks, homogeneities, device)
         if rank() == 0:
             save_tensors(path, generator.state_dict() | {"curve": torch.tensor(history.to_numpy())})

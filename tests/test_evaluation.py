@@ -11,6 +11,7 @@ from gbc.evaluation import (
     class_means,
     compare,
     diversity,
+    duplicates,
     evaluate,
     leak,
     score_images,
@@ -97,6 +98,11 @@ def evaluation(generator: Generator):
     return evaluate(generator, [classifier], [data], [[True] * 20], 40, 0)
 
 
+def test_duplicates_are_those_of_an_earlier_image_of_the_same_class():
+    x = torch.cat([TRAIN.x[[0, 1, 2]], TRAIN.x[[0, 2, 1]]])
+    assert duplicates(Images(x, torch.tensor([0, 1, 0, 0, 0, 0]))) == pytest.approx(2 / 6)  # the last is of another class than its twin
+
+
 def test_the_untrained_baseline_keeps_nothing_of_the_training():
     fresh, trained = (Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0)) for _ in range(2))
     for value in trained.state_dict().values():
@@ -110,7 +116,8 @@ def test_evaluation_has_every_key_of_the_contract():
     generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
     metrics, table, pictures = evaluation(generator)
     scores = "ssim_precision ssim_recall ssim_matched precision_ratio recall_ratio diversity_ratio train_control_auc "
-    scores += "leak_50 leak_60 recall_40 recall_50"
+    scores += "leak_50 leak_60 recall_40 recall_50 duplicates "
+    scores += "precision_ratio_bank recall_ratio_bank train_control_auc_bank leak_60_bank"
     assert set(metrics) == {*scores.split(), "accuracy_on_generated", "student_accuracy", "teacher_accuracy", "baselines"}
     assert set(metrics["baselines"]) == {"class_mean", "untrained", "held_out"}
     for baseline in metrics["baselines"].values():

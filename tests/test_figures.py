@@ -39,7 +39,7 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
     colour = np.random.default_rng(0).integers(0, 256, (60, 3, 9, 9), dtype=np.uint8)
     for name, tiles in (("mnist", images), ("celeba_Male", colour)):
         metrics[name] = {"ssim_precision": 0.5, "oracle_residual": 0.1, "baselines": {"held_out": {"ssim_precision": 0.6, "leak_60": None}}}
-        pictures[name] = {"generated": tiles, "nearest": tiles}
+        pictures[name] = {"generated": tiles, "nearest": tiles, "film": np.stack([tiles[:20]] * 3), "film_step": np.array([0, 5, 20])}
     table = pd.DataFrame({"images": ["train", "control", "generated"] * 5, "ssim": np.linspace(0.1, 0.9, 15)})
     history = pd.DataFrame({"step": [0, 1], "classifier": [0, 0], "stationarity": [1.0, 0.5], "duality": [1.0, 0.1]})
     descent = pd.DataFrame(

@@ -93,3 +93,13 @@ def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Pat
     with pytest.raises(InputError, match="does not fit architecture.json") as error:
         load_network(tmp_path, Generator)
     assert "\n" not in str(error.value)
+
+
+def test_the_bank_is_every_anchor_of_every_label_without_noise():
+    g = Generator(((0, 1), (1, 5)), (9, 9), 3, 4, 0.1, 8, 8).initialise(rng())
+    samples, y = g.bank()
+    assert y.tolist() == [0] * 4 + [1] * 4 + [5] * 4
+    third = g(g.centres[[2, 2, 2]], torch.tensor([0, 1, 5]), torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(samples[[2, 6, 10]], third)
+    g.spread = 0.0
+    assert torch.cdist(g.sample(30, rng(), 0)[0].flatten(1), samples[:8].flatten(1)).amin(1).max() < 1e-3

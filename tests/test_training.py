@@ -16,12 +16,21 @@ from gbc.pretraining import pretrain
 from gbc.step import step_of
 from gbc.training import draw_codes, loss_terms, total_variation, train
 
-SHARED = GeneratorParams(noise=8, spread=0.1, width=64, channels=8, learning_rate=6e-3, alpha_learning_rate=1e-2, delta=0.05, gate=50.0)
+SHARED = GeneratorParams(
+    noise=8,
+    spread=0.1,
+    width=64,
+    channels=8,
+    learning_rate=6e-3,
+    alpha_learning_rate=1e-2,
+    delta=0.05,
+    matmul_precision="highest",
+)
 
 
 def task(*names: str, **changes: float) -> TrainParams:
     values = {"length": 1.0, "matrix_learning_rate": 0.0, "stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0}
-    values |= {"margin_reward": 0.3, "multiplier_floor": 0.3}
+    values |= {"duality": 1.0, "gate": 50.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
     return TrainParams(classifiers=list(names), anchors=8, batch=24, multiplier="relu", **(values | changes))
 
 
@@ -87,7 +96,7 @@ def test_the_floor_lifts_the_runner_ups_multiplier_only():
 
 def test_a_generator_is_born_nearer_to_the_training_points_than_it_started():
     network, homogeneity, data = toy("all")
-    generator, history, seconds = run([network], [homogeneity], task("toy"), steps=1000)
+    generator, history, film, seconds = run([network], [homogeneity], task("toy"), steps=1000)
     _, y = generator.sample(600, torch.Generator().manual_seed(1))
     first, last = history.to_dict("records")[:: len(history) - 1]
     assert last["statistics"] < 0.5 * first["statistics"]
@@ -99,6 +108,11 @@ def test_a_generator_is_born_nearer_to_the_training_points_than_it_started():
     assert distances[0] < 0.85 * distances[1]
     assert sorted(set(y.tolist())) == [0, 1, 2]
     assert seconds > 0
+    assert [*film][:3] == [0, 15, 62]
+    assert [*film][-1] == 1000
+    fresh = generator.sample(20, torch.Generator().manual_seed(0))[0]
+    torch.testing.assert_close(film[1000], fresh)
+    assert not torch.equal(film[1000], film[0])
     assert len(history) <= 302
 
 
@@ -113,7 +127,7 @@ def test_training_is_reproducible_to_the_byte_and_leaves_the_classifier_alone():
 
 def test_several_classifiers_have_an_alpha_each_and_share_one_generator():
     halves = [toy("even"), toy("odd"), toy("all")]
-    generator, history, _ = run([h[0] for h in halves], [h[1] for h in halves], task("toy_1", "toy_2", "toy"), steps=30)
+    generator, history, _, _ = run([h[0] for h in halves], [h[1] for h in halves], task("toy_1", "toy_2", "toy"), steps=30)
     assert sorted(history["classifier"].unique()) == [0, 1, 2]
     assert len(set(history["alpha"].tail(3))) == 3
     assert generator.known == ((0, 1, 2),) * 3

@@ -23,7 +23,7 @@ def main(name: str) -> None:
     params = dataclasses.replace(load_params([]), steps=STEPS)
     x, mu = torch.rand(task.batch, 28, 28).requires_grad_(), torch.rand(task.batch, 10).requires_grad_()
     own = torch.arange(task.batch) % 10
-    step = step_of(network, homogeneity, params.generator.gate)
+    step = step_of(network, homogeneity, task.gate)
 
     def residual() -> None:
         step.logits(x)

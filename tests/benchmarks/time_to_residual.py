@@ -33,7 +33,7 @@ def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
     params = dataclasses.replace(load_params([]), seed=seed, steps=steps)
     network = load_network(Path(f"data/classifiers/{NAME}"), Classifier)
     homogeneity = load_homogeneity(Path(f"data/lambda/{NAME}/lambda.json"))
-    generator, history, seconds = training.train(params, task, [network], [homogeneity], torch.device("cpu"))
+    generator, history, _, seconds = training.train(params, task, [network], [homogeneity], torch.device("cpu"))
     data = load_tensors(Path(f"data/samples/{NAME}.safetensors"))
     metrics, _, _ = evaluate(generator, [load_network(Path(f"data/classifiers/{NAME}"), Classifier)], [data], [[]], 2000, seed)
     return history, seconds, metrics["train_control_auc"]
