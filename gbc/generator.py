@@ -131,8 +131,9 @@ class Generator(Network):
 class Multipliers(nn.Module):
     """h: samples x, labels y and classifier indices t → μ ≥ 0 [batch, labels], one multiplier per class.
 
-    `positive` makes it so: "relu", the paper's, or "softplus", under which no class's multipliers can die. The multiplier of
-    the sample's own label meets a zero margin and has no effect.
+    `positive` makes it so: "relu", the paper's; "softplus", under which no class's multipliers can die; or "equal", all 1 and nothing
+    learned, which the training images of a batch-normalised classifier nearly have, so that images must explain what multipliers
+    would absorb. The multiplier of the sample's own label meets a zero margin and has no effect.
     """
 
     labels: Tensor
@@ -140,7 +141,7 @@ class Multipliers(nn.Module):
     def __init__(self, known: tuple[tuple[int, ...], ...], input_shape: tuple[int, ...], width: int, positive: str):
         super().__init__()
         self.known = known
-        self.positive = {"relu": F.relu, "softplus": F.softplus}[positive]
+        self.positive = {"relu": F.relu, "softplus": F.softplus, "equal": torch.ones_like}[positive]
         self.register_buffer("labels", torch.tensor(sorted(set().union(*known))))
         classes = len(self.labels)
         fan_in = math.prod(input_shape) + classes + len(known)

@@ -102,7 +102,7 @@ class TrainParams:
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)
     margin_reward: float = ranged(0.0, 1.0)
-    multiplier: str = one_of("relu", "softplus")
+    multiplier: str = one_of("relu", "softplus", "equal")
     multiplier_floor: float = ranged(0.0, 1.0)
 
 

@@ -80,6 +80,7 @@ def test_multipliers_are_non_negative_start_alive_and_cover_the_classifiers_clas
     assert (h(x, y, 0) == 0).all()
     h.positive = torch.nn.functional.softplus
     assert (h(x, y, 0) > 0).all()
+    assert (Multipliers(((0, 1, 2), (2, 7)), (4, 4), 16, "equal").initialise(rng())(x, y, 0) == 1).all()
 
 
 def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Path):
@@ -102,4 +103,4 @@ def test_the_bank_is_every_anchor_of_every_label_without_noise():
     third = g(g.centres[[2, 2, 2]], torch.tensor([0, 1, 5]), torch.tensor([0, 0, 1]))
     torch.testing.assert_close(samples[[2, 6, 10]], third)
     g.spread = 0.0
-    assert torch.cdist(g.sample(30, rng(), 0)[0].flatten(1), samples[:8].flatten(1)).amin(1).max() < 1e-3
+    assert torch.cdist(g.sample(30, rng(), 0)[0].flatten(1), samples[:8].flatten(1)).amin(1).max() < 0.05  # different ones are 0.4 apart
