@@ -64,7 +64,7 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
         {"mnist": 10, "celeba_Male": 2},
     )
     paper = ["fig2_duality", "fig3_lambda", "fig4_toy", "fig5_toy_pair", "fig6_mnist", "fig7_celeba_Male"]
-    assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "ssim_distribution"]
+    assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "film", "ssim_distribution"]
     pngs = {}
     for name, figure in figures.items():
         pngs[name] = save_figure(tmp_path / name, figure)
