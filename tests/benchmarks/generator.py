@@ -24,7 +24,7 @@ def main(name: str) -> None:
     torch.set_float32_matmul_precision(params.generator.matmul_precision)
     x, mu = torch.rand(task.batch, 28, 28).requires_grad_(), torch.rand(task.batch, 10).requires_grad_()
     own = torch.arange(task.batch) % 10
-    step = step_of(network, homogeneity, task.gate)
+    step = step_of(network, homogeneity, task.gate or None)
 
     def residual() -> None:
         step.logits(x)

@@ -1,9 +1,9 @@
 """Seconds to the residual that the published form of the step reaches in its whole budget: ours against it.
 
 Both train the committed generator of `mnist` on the committed classifier, from the same seed: the published form with autograd's
-double backward into weights that require gradients, and Adam; ours as committed. Each follows its own learning-rate cosine; ours
-gets a third of the steps. Needs data/classifiers/mnist and data/lambda/mnist (`dvc pull`), and data/samples/mnist.safetensors for
-the AUC.
+double backward into weights that require gradients, learned multipliers, Adam and float32; ours as committed. Each follows its own
+learning-rate cosine; ours gets a third of the steps. Needs data/classifiers/mnist and data/lambda/mnist (`dvc pull`), and
+data/samples/mnist.safetensors for the AUC.
 """
 
 import dataclasses
@@ -28,12 +28,14 @@ NAME, PUBLISHED, OURS, SEEDS = "mnist", 1800, 600, (0, 1, 2)  # a shorter budget
 BACKWARD = Tensor.backward
 
 
-def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
-    """Curve of the residual, seconds, and train_control_auc of a training of so many steps."""
+def run(task: TrainParams, steps: int, seed: int, precision: str) -> tuple[Any, float, float]:
+    """Curve of the residual, seconds, and train_control_auc of a training of so many steps, its products in this precision."""
     params = dataclasses.replace(load_params([]), seed=seed, steps=steps)
     network = load_network(Path(f"data/classifiers/{NAME}"), Classifier)
     homogeneity = load_homogeneity(Path(f"data/lambda/{NAME}/lambda.json"))
+    torch.set_float32_matmul_precision(precision)
     generator, history, _, seconds = training.train(params, task, [network], [homogeneity], torch.device("cpu"))
+    torch.set_float32_matmul_precision("highest")
     data = load_tensors(Path(f"data/samples/{NAME}.safetensors"))
     metrics, _, _ = evaluate(generator, [load_network(Path(f"data/classifiers/{NAME}"), Classifier)], [data], [[]], 2000, seed)
     return history, seconds, metrics["train_control_auc"]
@@ -41,16 +43,19 @@ def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
 
 def main() -> None:
     """Print the result."""
-    task = dataclasses.replace(load_params([]).train_single[NAME], length=1.0)
+    params = load_params([])
+    task = dataclasses.replace(params.train_single[NAME], length=1.0)
     ratios, rows = [], []
     for seed in SEEDS:
         with (
             mock.patch.object(training, "step_of", DoubleBackward),
             mock.patch.object(Tensor, "backward", lambda loss, inputs=None: BACKWARD(loss)),  # into the weights too
         ):
-            theirs, whole, their_auc = run(dataclasses.replace(task, matrix_learning_rate=0.0), PUBLISHED, seed)
+            theirs, whole, their_auc = run(
+                dataclasses.replace(task, matrix_learning_rate=0.0, multiplier="relu"), PUBLISHED, seed, "highest"
+            )
         goal = theirs["stationarity"].iloc[-1]
-        ours, seconds, our_auc = run(task, OURS, seed)
+        ours, seconds, our_auc = run(task, OURS, seed, params.generator.matmul_precision)
         there = ours[ours["stationarity"] <= goal]["step"]
         ratios.append(whole / (seconds * (there.iloc[0] + 1) / OURS) if len(there) else 0.0)
         rows.append({"residual": goal, "our_residual": ours["stationarity"].iloc[-1], "auc": their_auc, "our_auc": our_auc})
