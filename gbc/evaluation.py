@@ -85,25 +85,35 @@ def leak(train_best: Tensor, control_best: Tensor, threshold: float) -> float:
     return ((train_best > threshold).double().mean() - (control_best > threshold).double().mean()).item()
 
 
+def ratios(generated: Images, ours: Similarities, reference: Images, real: Similarities, train: Images) -> dict[str, float]:
+    """Precision and recall of generated images over those of as many reference images, as `score_images` has them."""
+    count = min(int((part.y == label).sum()) for part in (generated, reference) for label in train.y.unique())
+    fair, perfect = ours.train[generated.first(count)], real.train[reference.first(count)]
+    return {
+        "precision_ratio": (fair.amax(1).mean() / perfect.amax(1).mean()).item(),
+        "recall_ratio": (fair.amax(0).mean() / perfect.amax(0).mean()).item(),
+    }
+
+
 def score_images(generated: Images, ours: Similarities, reference: Images, real: Similarities, train: Images) -> dict[str, float]:
     """All similarity metrics of generated images, whose similarities are `ours`.
 
     `reference` are real images that neither the classifier nor the controls have seen, with similarities `real`. Scored in the same
     way and number, they are a perfect generator.
     """
-    count = min(int((part.y == label).sum()) for part in (generated, reference) for label in train.y.unique())
-    fair, perfect = ours.train[generated.first(count)], real.train[reference.first(count)]
     train_best, control_best = ours.train.amax(0), ours.control.amax(0)
-    return shared_scores(ours) | {
-        "ssim_matched": ours.train[linear_sum_assignment(ours.train.numpy(), maximize=True)].mean().item(),
-        "precision_ratio": (fair.amax(1).mean() / perfect.amax(1).mean()).item(),
-        "recall_ratio": (fair.amax(0).mean() / perfect.amax(0).mean()).item(),
-        "diversity_ratio": diversity(generated) / diversity(train),
-        "duplicates": duplicates(generated),
-        "leak_50": leak(train_best, control_best, 0.5),
-        "recall_40": (train_best > 0.4).double().mean().item(),
-        "recall_50": (train_best > 0.5).double().mean().item(),
-    }
+    return (
+        shared_scores(ours)
+        | ratios(generated, ours, reference, real, train)
+        | {
+            "ssim_matched": ours.train[linear_sum_assignment(ours.train.numpy(), maximize=True)].mean().item(),
+            "diversity_ratio": diversity(generated) / diversity(train),
+            "duplicates": duplicates(generated),
+            "leak_50": leak(train_best, control_best, 0.5),
+            "recall_40": (train_best > 0.4).double().mean().item(),
+            "recall_50": (train_best > 0.5).double().mean().item(),
+        }
+    )
 
 
 def score_points(generated: Float[Tensor, "n 2"], train: Float[Tensor, "points 2"], active: Bool[Tensor, " points"]) -> dict[str, float]:
@@ -173,7 +183,8 @@ def evaluate_images(
     baselines = {"class_mean": class_means(train), "untrained": untrained_images}
     ours, real = compare(generated, train, control), compare(reference, train, control)
     bank = Images(*generator.bank())
-    fixed = score_images(bank, compare(bank, train, control), reference, real, train)
+    near_bank = compare(bank, train, control)
+    fixed = shared_scores(near_bank) | ratios(bank, near_bank, reference, real, train)
     metrics: dict[str, Any] = score_images(generated, ours, reference, real, train) | {
         **{f"{key}_bank": fixed[key] for key in BANK},
         "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),

@@ -59,11 +59,11 @@ def paper_network() -> nn.Sequential:
     return network
 
 
-def _panels(count: int, width: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels `width` inches wide, three in a row."""
-    rows = math.ceil(count / 3)
-    figure = Figure(figsize=(3 * width, 2.6 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, 3, squeeze=False).flat)
+def _panels(count: int, width: float, columns: int = 3) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels `width` inches wide, so many in a row."""
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(columns * width, 2.6 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[count:]:
         axes.remove()
     return figure, grid[:count]
@@ -167,17 +167,13 @@ def _tiled(images: np.ndarray, background: int = 0) -> np.ndarray:
 
 def film_strips(pictures: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """Every generator's samples of the same codes, uint8, in a row for every number of steps made."""
-    rows = math.ceil(len(pictures) / 2)
-    figure = Figure(figsize=(10, 2.6 * rows), layout="constrained")
-    grid = list(figure.subplots(rows, 2, squeeze=False).flat)
-    for axes, (name, shown) in zip(grid, pictures.items(), strict=False):
+    figure, panels = _panels(len(pictures), 5.0, columns=2)
+    for axes, (name, shown) in zip(panels, pictures.items(), strict=True):
         picture, steps = np.concatenate([_tiled(samples) for samples in shown["film"]]), shown["film_step"]
         axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         centres = (np.arange(len(steps)) + 0.5) * len(picture) / len(steps)
         axes.set(title=name, xticks=[], yticks=centres, yticklabels=steps, ylabel="steps")
         axes.grid(False)
-    for axes in grid[len(pictures) :]:
-        axes.remove()
     return figure
 
 

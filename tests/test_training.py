@@ -11,21 +11,13 @@ from gbc.datasets import sample
 from gbc.generator import Generator
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
-from gbc.params import GeneratorParams, InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
+from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
 from gbc.pretraining import pretrain
 from gbc.step import step_of
 from gbc.training import draw_codes, loss_terms, total_variation, train
+from tests import ranks
 
-SHARED = GeneratorParams(
-    noise=8,
-    spread=0.1,
-    width=64,
-    channels=8,
-    learning_rate=6e-3,
-    alpha_learning_rate=1e-2,
-    delta=0.05,
-    matmul_precision="highest",
-)
+SHARED = dataclasses.replace(ranks.SHARED, width=64, learning_rate=6e-3, alpha_learning_rate=1e-2)
 
 
 def task(*names: str, **changes: float) -> TrainParams:
