@@ -44,8 +44,8 @@ class Generator(Network):
 
     Images, (height, width) or (channels, height, width) with pixels in [0, 1], come out of three fully connected and three
     transposed-convolution layers with ReLU and batch normalisation, as in §5.2; points (a one-dimensional shape) out of three
-    fully connected layers. The noise is a mixture of Gaussians of standard deviation `spread` around `anchors` centres, drawn once
-    from N(0, I) and kept with the weights. `known` lists the labels of every classifier's training set.
+    fully connected layers. The noise of a label is a mixture of Gaussians of standard deviation `spread` around `anchors` centres of its
+    own, drawn once from N(0, I) and kept with the weights. `known` lists the labels of every classifier's training set.
     """
 
     architecture_keys = ("known", "output_shape", "noise", "anchors", "spread", "width", "channels")
@@ -65,8 +65,8 @@ class Generator(Network):
         super().__init__()
         self.known, self.output_shape, self.noise, self.anchors, self.spread = known, output_shape, noise, anchors, spread
         self.width, self.channels = width, channels
-        self.register_buffer("centres", torch.zeros(anchors, noise))
         self.register_buffer("labels", torch.tensor(sorted(set().union(*known))), persistent=False)
+        self.register_buffer("centres", torch.zeros(len(self.labels), anchors, noise))
         sizes = [noise + len(self.labels) + len(known), width, width]
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
@@ -97,10 +97,10 @@ class Generator(Network):
         codes = torch.cat([epsilon, label, F.one_hot(t, len(self.known))], 1)
         return self.layers(codes).reshape(-1, *self.output_shape)
 
-    def perturb(self, anchor: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch noise"]:
-        """Fresh noise around the given centres."""
+    def perturb(self, anchor: Int[Tensor, " batch"], y: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch noise"]:
+        """Fresh noise around the given centres of the given labels."""
         noise = torch.randn(len(anchor), self.noise, generator=rng).to(self.centres)
-        return self.centres[anchor] + self.spread * noise
+        return self.centres[torch.searchsorted(self.labels, y), anchor] + self.spread * noise
 
     @torch.no_grad()
     def sample(self, count: int, rng: torch.Generator, t: int | None = None) -> tuple[Tensor, Int[Tensor, " count"]]:
@@ -116,8 +116,8 @@ class Generator(Network):
             knows = torch.tensor([[float(label in part) for part in known] for label in labels.tolist()])
             index = torch.multinomial(knows[torch.searchsorted(labels, y)], 1, generator=rng)[:, 0]
         anchor = torch.randint(self.anchors, (count,), generator=rng)
-        device = self.centres.device
-        return self.eval()(self.perturb(anchor.to(device), rng), y.to(device), index.to(device)), y.to(device)
+        anchor, y, index = (part.to(self.centres.device) for part in (anchor, y, index))
+        return self.eval()(self.perturb(anchor, y, rng), y, index), y
 
     @torch.no_grad()
     def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
@@ -125,7 +125,7 @@ class Generator(Network):
         device = self.centres.device
         y = self.labels.repeat_interleave(self.anchors)
         index = torch.tensor([next(t for t, part in enumerate(self.known) if label in part) for label in y.tolist()], device=device)
-        return self.eval()(self.centres.repeat(len(self.labels), 1), y, index), y
+        return self.eval()(self.centres.flatten(0, 1), y, index), y
 
 
 class Multipliers(nn.Module):

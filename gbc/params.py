@@ -84,7 +84,6 @@ class GeneratorParams:
     learning_rate: float = ranged(0.0)
     alpha_learning_rate: float = ranged(0.0)
     delta: float = ranged(0.0)
-    matmul_precision: str = one_of("highest", "high", "medium")
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,11 @@ class TrainParams:
     gate: float = ranged(0.0)
     total_variation: float = ranged(0.0)
     statistics: float = ranged(0.0)
+    collapse: float = ranged(0.0)
     margin_reward: float = ranged(0.0, 1.0)
     multiplier: str = one_of("relu", "softplus", "equal")
     multiplier_floor: float = ranged(0.0, 1.0)
+    matmul_precision: str = one_of("highest", "high", "medium")
 
 
 @dataclass(frozen=True)

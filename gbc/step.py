@@ -15,9 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import moments, ranks, total
+from gbc.distributed import mean, moments, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
+
+TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite at its mean
 
 
 class _Gate(torch.autograd.Function):
@@ -64,9 +66,8 @@ def squared_norm(delta: Float[Tensor, "batch out"], a: Float[Tensor, "batch in"]
 class Step(ABC):
     """One classifier as the generator's loss sees it: fixed weights, Λ̄ζ, and the statistics that batch normalisation keeps.
 
-    `logits` looks at a batch; `stationarity` and `statistics_mismatch` speak of the batch that it last saw. Under torchrun that is the
-    batch of all processes together. The running statistics are those of the training batch. They are part of the weights file; using
-    them is an extension of the paper.
+    `logits` looks at a batch; `stationarity`, `statistics_mismatch` and `collapse` speak of the batch that it last saw. Under torchrun
+    that is the batch of all processes together. The last two are extensions of the paper.
     """
 
     def __init__(self, network: Classifier, homogeneity: Homogeneity, gate: float | None):
@@ -74,10 +75,11 @@ class Step(ABC):
         self.labels = torch.tensor(network.labels, device=next(network.parameters()).device)
         self.goal = target(network, homogeneity)
         self.moments: list[tuple[_BatchNorm, Tensor, Tensor]] = []  # every batch normalisation with its input's mean and variance
+        self.features: Tensor  # [batch, ...], what enters the last ReLU
 
     @abstractmethod
     def logits(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch classes"]:
-        """Φ(x), remembering what enters every batch normalisation."""
+        """Φ(x), remembering what enters every batch normalisation and the last ReLU."""
 
     @abstractmethod
     def stationarity(self, own: Int[Tensor, " batch"], mu: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
@@ -89,7 +91,10 @@ class Step(ABC):
         self.moments.append((module, average, variance * count / (count - 1)))
 
     def statistics_mismatch(self) -> Float[Tensor, ""]:
-        """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers."""
+        """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers.
+
+        The running statistics are those of the training batch, and part of the weights file.
+        """
         mismatch = torch.zeros((), dtype=next(self.network.parameters()).dtype, device=self.labels.device)
         for module, average, variance in self.moments:
             assert module.running_mean is not None
@@ -98,6 +103,18 @@ class Step(ABC):
             stretch = ((variance / module.running_var).clamp_min(1e-8).sqrt() - 1).square()
             mismatch = mismatch + shift.mean() + stretch.mean()
         return mismatch
+
+    def collapse(self, own: Int[Tensor, " batch"]) -> Float[Tensor, ""]:
+        """Mean distance of a sample's features from their class's mean, by the root mean square distance from the mean of all.
+
+        Features are what enters the last ReLU. Deep in training they collapse: one point for all training images of
+        a class (Papyan et al. 2020), but not for other images of it.
+        """
+        _, variance, centred = moments(self.features.flatten(1))
+        member = nn.functional.one_hot(own, len(self.labels)).to(centred)
+        means = total(member.T @ centred) / total(member.sum(0)).clamp_min(1)[:, None]
+        spread = (centred - means[own]).square().sum(1) / variance.sum()
+        return mean((spread + TINY_SPREAD).sqrt())
 
 
 class DoubleBackward(Step):
@@ -108,6 +125,11 @@ class DoubleBackward(Step):
         for module in network.modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_pre_hook(self._remember)
+            if isinstance(module, SmoothGateReLU):
+                module.register_forward_pre_hook(self._look)
+
+    def _look(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
+        (self.features,) = arguments
 
     def _remember(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
         assert isinstance(module, _BatchNorm)
@@ -116,6 +138,7 @@ class DoubleBackward(Step):
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""
         self.moments.clear()
+        self.features = x
         self.last = self.network(x)
         return self.last
 
@@ -142,6 +165,7 @@ class ClosedForm(Step):
         """Φ(x)."""
         self.moments.clear()
         self.tape.clear()
+        self.features = x
         for name, layer in self.network.layers.named_children():
             if isinstance(layer, nn.Linear):
                 z = layer(x)
@@ -155,6 +179,7 @@ class ClosedForm(Step):
                 self.tape.append((name, layer, (normal, scale)))
                 x = torch.addcmul(layer.bias, normal, layer.weight)
             elif isinstance(layer, SmoothGateReLU):
+                self.features = x
                 x, gate = _Gate.apply(x, self.gate)
                 self.tape.append((name, layer, (gate,)))
             else:

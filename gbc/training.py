@@ -74,6 +74,7 @@ def loss_terms(
         "duality": mean(duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta)),
         "total_variation": total(total_variation(x)) / ranks(),
         "statistics": step.statistics_mismatch(),
+        "collapse": step.collapse(own),
     }
 
 
@@ -81,7 +82,7 @@ def loss_terms(
 def initial_alpha(g: Generator, step: Step, task: TrainParams, t: int, rng: torch.Generator) -> Float[Tensor, ""]:
     """α with e^{−α} the mean size of the untrained generator's margins: the classifier's own scale."""
     anchor, y = (part.to(step.labels.device) for part in draw_codes(task.anchors, task.batch, step.network.labels, rng))
-    epsilon, y = share(g.perturb(anchor, rng)), share(y)
+    epsilon, y = share(g.perturb(anchor, y, rng)), share(y)
     margin = smallest_margin(step.logits(g(epsilon, y, torch.full_like(y, t))), torch.searchsorted(step.labels, y))
     return -mean(margin.abs()).log()
 
@@ -147,13 +148,19 @@ def train(
             anchor, y_all = (torch.cat(parts).to(device) for parts in zip(*codes, strict=True))
             index = torch.arange(len(known)).repeat_interleave(torch.tensor(sizes)).to(device)
             # One batch for all classifiers: alone, each has a constant index, which g's batch normalisation would subtract.
-            samples = g(share(g.perturb(anchor, rng)), share(y_all), share(index))
+            samples = g(share(g.perturb(anchor, y_all, rng)), share(y_all), share(index))
             parts = [size // ranks() for size in sizes]
             for t, (step, x, y) in enumerate(zip(steps, samples.split(parts), share(y_all).split(parts), strict=True)):
                 terms = loss_terms(step, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
-                loss = loss + task.stationarity * terms["stationarity"]
-                loss = loss + params.beta * (task.duality * terms["duality"] + task.margin_reward * alpha[t])
-                loss = loss + cosine(done, count) * task.total_variation * terms["total_variation"] + task.statistics * terms["statistics"]
+                weights = {
+                    "stationarity": task.stationarity,
+                    "duality": params.beta * task.duality,
+                    "total_variation": cosine(done, count) * task.total_variation,
+                    "statistics": task.statistics,
+                    "collapse": task.collapse,
+                }
+                loss = loss + sum(weight * terms[name] for name, weight in weights.items() if weight)
+                loss = loss + params.beta * task.margin_reward * alpha[t]
                 if done % every == 0 or done == count - 1:
                     rows.append({"step": done, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
                     bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})
@@ -172,7 +179,7 @@ def train_and_save(params: Params, task: TrainParams, name: str) -> None:
     """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/."""
     classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
     homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
-    torch.set_float32_matmul_precision(params.generator.matmul_precision)
+    torch.set_float32_matmul_precision(task.matmul_precision)
     with processes(device(params)) as place:
         trained = train(params, task, classifiers, homogeneities, place)
         if rank() == 0:

@@ -21,7 +21,6 @@ SHARED = GeneratorParams(
     learning_rate=1e-3,
     alpha_learning_rate=1e-3,
     delta=0.05,
-    matmul_precision="highest",
 )
 TASK = TrainParams(
     classifiers=["first", "second"],
@@ -34,9 +33,11 @@ TASK = TrainParams(
     gate=50.0,
     total_variation=1.0,
     statistics=10.0,
+    collapse=3.0,
     margin_reward=0.3,
     multiplier="softplus",
     multiplier_floor=0.3,
+    matmul_precision="highest",
 )
 
 

@@ -28,6 +28,6 @@ def trained(ranks: int, architecture: str, steps: int, path: Path) -> dict[str, 
 def test_two_ranks_train_as_one(architecture: str, steps: int, tolerance: float, tmp_path: Path):
     alone = trained(1, architecture, steps, tmp_path / "alone.safetensors")
     shared = trained(2, architecture, steps, tmp_path / "shared.safetensors")
-    assert alone["curve"].shape == (2 * min(steps, 200), 7)
+    assert alone["curve"].shape == (2 * min(steps, 200), 8)
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value, rtol=tolerance, atol=tolerance)

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gbc.classifier import Classifier
+from gbc.classifier import Classifier, SmoothGateReLU
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import margin_gradient, stationarity, target
-from gbc.step import ClosedForm, DoubleBackward, chunked_stationarity, squared_norm, step_of
+from gbc.step import TINY_SPREAD, ClosedForm, DoubleBackward, chunked_stationarity, squared_norm, step_of
 
 PERCEPTRONS = ["homogeneous", "biased", "batchnorm"]
 
@@ -94,6 +94,26 @@ def test_the_statistics_are_those_that_batch_normalisation_keeps(architecture: s
     assert step.statistics_mismatch().item() < 1e-20
     step.logits(x * 1.5 + 0.1)
     assert step.statistics_mismatch().item() > 0.01
+
+
+@pytest.mark.parametrize("architecture", [*PERCEPTRONS, "convolutional", "residual"])
+def test_collapse_is_the_distance_from_the_mean_of_the_class(architecture: str):
+    net = network(architecture, (3,), torch.float64)
+    x, own, _ = batch(net, 20, torch.float64)
+    features: list[torch.Tensor] = []
+    last = [module for module in net.modules() if isinstance(module, SmoothGateReLU)][-1]
+    hook = last.register_forward_pre_hook(lambda _, arguments: features.append(arguments[0].flatten(1)))
+    net.freeze()(x)
+    hook.remove()
+    f = features[0]
+    apart = [(f[i] - f[own == own[i]].mean(0)).norm() for i in range(20)]
+    slow = torch.stack(apart).mean() / (f - f.mean(0)).square().sum(1).mean().sqrt()
+    step = step_of(net, everywhere(net), 50.0)
+    step.logits(x)
+    torch.testing.assert_close(step.collapse(own), slow, rtol=1e-4, atol=0)
+    twins = x.detach()[own]  # the samples of a class all equal: collapsed
+    step.logits(twins)
+    assert step.collapse(own).item() == pytest.approx(TINY_SPREAD**0.5)
 
 
 @pytest.mark.parametrize(("samples", "out", "fan_in"), [(3, 40, 50), (60, 4, 5)])

@@ -21,9 +21,10 @@ SHARED = dataclasses.replace(ranks.SHARED, width=64, learning_rate=6e-3, alpha_l
 
 
 def task(*names: str, **changes: float) -> TrainParams:
-    values = {"length": 1.0, "matrix_learning_rate": 0.0, "stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0}
+    values = {"length": 1.0, "matrix_learning_rate": 0.0, "stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0, "collapse": 0.0}
     values |= {"duality": 1.0, "gate": 50.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
-    return TrainParams(classifiers=list(names), anchors=8, batch=24, multiplier="relu", **(values | changes))
+    values |= changes
+    return TrainParams(classifiers=list(names), anchors=8, batch=24, multiplier="relu", matmul_precision="highest", **values)
 
 
 def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:

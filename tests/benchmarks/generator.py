@@ -21,7 +21,7 @@ def main(name: str) -> None:
     """Print the result."""
     task, network, homogeneity = untrained(name)
     params = dataclasses.replace(load_params([]), steps=STEPS)
-    torch.set_float32_matmul_precision(params.generator.matmul_precision)
+    torch.set_float32_matmul_precision(task.matmul_precision)
     x, mu = torch.rand(task.batch, 28, 28).requires_grad_(), torch.rand(task.batch, 10).requires_grad_()
     own = torch.arange(task.batch) % 10
     step = step_of(network, homogeneity, task.gate or None)

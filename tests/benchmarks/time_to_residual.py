@@ -28,12 +28,12 @@ NAME, PUBLISHED, OURS, SEEDS = "mnist", 1800, 600, (0, 1, 2)  # a shorter budget
 BACKWARD = Tensor.backward
 
 
-def run(task: TrainParams, steps: int, seed: int, precision: str) -> tuple[Any, float, float]:
-    """Curve of the residual, seconds, and train_control_auc of a training of so many steps, its products in this precision."""
+def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
+    """Curve of the residual, seconds, and train_control_auc of a training of so many steps."""
     params = dataclasses.replace(load_params([]), seed=seed, steps=steps)
     network = load_network(Path(f"data/classifiers/{NAME}"), Classifier)
     homogeneity = load_homogeneity(Path(f"data/lambda/{NAME}/lambda.json"))
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(task.matmul_precision)
     generator, history, _, seconds = training.train(params, task, [network], [homogeneity], torch.device("cpu"))
     torch.set_float32_matmul_precision("highest")
     data = load_tensors(Path(f"data/samples/{NAME}.safetensors"))
@@ -43,19 +43,17 @@ def run(task: TrainParams, steps: int, seed: int, precision: str) -> tuple[Any, 
 
 def main() -> None:
     """Print the result."""
-    params = load_params([])
-    task = dataclasses.replace(params.train_single[NAME], length=1.0)
+    task = dataclasses.replace(load_params([]).train_single[NAME], length=1.0)
+    plain = dataclasses.replace(task, matrix_learning_rate=0.0, multiplier="relu", matmul_precision="highest")
     ratios, rows = [], []
     for seed in SEEDS:
         with (
             mock.patch.object(training, "step_of", DoubleBackward),
             mock.patch.object(Tensor, "backward", lambda loss, inputs=None: BACKWARD(loss)),  # into the weights too
         ):
-            theirs, whole, their_auc = run(
-                dataclasses.replace(task, matrix_learning_rate=0.0, multiplier="relu"), PUBLISHED, seed, "highest"
-            )
+            theirs, whole, their_auc = run(plain, PUBLISHED, seed)
         goal = theirs["stationarity"].iloc[-1]
-        ours, seconds, our_auc = run(task, OURS, seed, params.generator.matmul_precision)
+        ours, seconds, our_auc = run(task, OURS, seed)
         there = ours[ours["stationarity"] <= goal]["step"]
         ratios.append(whole / (seconds * (there.iloc[0] + 1) / OURS) if len(there) else 0.0)
         rows.append({"residual": goal, "our_residual": ours["stationarity"].iloc[-1], "auc": their_auc, "our_auc": our_auc})
