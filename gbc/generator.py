@@ -70,7 +70,7 @@ class Generator(Network):
         sizes = [noise + len(self.labels) + len(known), width, width]
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(fan_in, fan_out, bias=False), BatchNorm1d(fan_out), nn.ReLU()]
+            layers += [nn.Linear(fan_in, fan_out, bias=False), BatchNorm1d(fan_out), nn.ReLU(True)]
         if len(output_shape) == 1:
             layers += [nn.Linear(width, output_shape[0])]
         else:
@@ -78,10 +78,10 @@ class Generator(Network):
             half = [(side + 1) // 2 for side in output_shape[-2:]]
             quarter = [(side + 1) // 2 for side in half]
             start = channels * math.prod(quarter)
-            layers += [nn.Linear(width, start, bias=False), BatchNorm1d(start), nn.ReLU(), nn.Unflatten(1, (channels, *quarter))]
+            layers += [nn.Linear(width, start, bias=False), BatchNorm1d(start), nn.ReLU(True), nn.Unflatten(1, (channels, *quarter))]
             for c_in, c_out, sides in [(channels, channels // 2, half), (channels // 2, channels // 4, output_shape[-2:])]:
                 kernel = (4 - sides[0] % 2, 4 - sides[1] % 2)  # 4 doubles the side, 3 doubles it less one
-                layers += [nn.ConvTranspose2d(c_in, c_out, kernel, stride=2, padding=1, bias=False), BatchNorm2d(c_out), nn.ReLU()]
+                layers += [nn.ConvTranspose2d(c_in, c_out, kernel, stride=2, padding=1, bias=False), BatchNorm2d(c_out), nn.ReLU(True)]
             layers += [ChannelsLast(), nn.ConvTranspose2d(channels // 4, depth, 3, padding=1), nn.Sigmoid()]
         self.layers = nn.Sequential(*layers)
 
@@ -141,7 +141,7 @@ class Multipliers(nn.Module):
     def __init__(self, known: tuple[tuple[int, ...], ...], input_shape: tuple[int, ...], width: int, positive: str):
         super().__init__()
         self.known = known
-        self.positive = {"relu": F.relu, "softplus": F.softplus, "equal": torch.ones_like}[positive]
+        self.positive = {"relu": F.relu, "softplus": F.softplus, "equal": None}[positive]
         self.register_buffer("labels", torch.tensor(sorted(set().union(*known))))
         classes = len(self.labels)
         fan_in = math.prod(input_shape) + classes + len(known)
@@ -159,6 +159,8 @@ class Multipliers(nn.Module):
 
     def forward(self, x: Tensor, y: Int[Tensor, " batch"], t: int) -> Float[Tensor, "batch classes"]:
         """Multipliers for the classes of classifier `t`."""
+        if self.positive is None:
+            return x.new_ones(len(x), len(self.known[t]))
         label = F.one_hot(torch.searchsorted(self.labels, y), len(self.labels))
         index = F.one_hot(torch.full_like(y, t), len(self.known))
         mu = self.positive(self.layers(torch.cat([x.flatten(1), label, index], 1)))

@@ -39,6 +39,53 @@ class _Gate(torch.autograd.Function):
         return (1 - gate).mul_(gate_slope).mul_(ctx.sharpness).add_(value_slope).mul_(gate), None
 
 
+class _Normalise(torch.autograd.Function):
+    """z → what batch normalisation makes of it before its weight and bias, with its inverse deviation, mean and variance."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        average, variance, centred = moments(z)
+        scale = (variance + eps).rsqrt()
+        normal = centred.mul_(scale)
+        ctx.save_for_backward(normal, scale)
+        return normal, scale, average, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, normal_slope: Tensor, scale_slope: Tensor, average_slope: Tensor, variance_slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        normal, scale = ctx.saved_tensors
+        count = len(normal) * ranks()
+        shift = total(average_slope - scale * normal_slope.sum(0)) / count
+        stretch = total(2 * variance_slope / scale - scale**2 * scale_slope - scale * (normal_slope * normal).sum(0)) / count
+        return torch.addcmul(shift, normal_slope, scale).addcmul_(normal, stretch), None
+
+
+class _NormaliseBack(torch.autograd.Function):
+    """The way back through batch normalisation, ∂/∂output → ∂/∂z, with the sums over samples that are the slopes of its weight and bias.
+
+    `factor` is the inverse deviation times the weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, delta: Tensor, normal: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = len(delta) * ranks()
+        along, slope = total((delta * normal).sum(0)), total(delta.sum(0))
+        ctx.save_for_backward(delta, normal, factor, along / count, slope / count)
+        return (delta - slope / count).addcmul_(normal, along / count, value=-1).mul_(factor), along, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, pull: Tensor, along_slope: Tensor, slope_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        delta, normal, factor, along, slope = ctx.saved_tensors
+        count = len(delta) * ranks()
+        pull_along, pull_sum = (pull * normal).sum(0), pull.sum(0)
+        factor_slope = (pull * delta).sum(0) - slope * pull_sum - along * pull_along
+        along_slope = total(along_slope - factor * pull_along / count)
+        slope_slope = total(slope_slope - factor * pull_sum / count)
+        delta_slope = torch.addcmul(slope_slope, pull, factor).addcmul_(normal, along_slope)
+        return delta_slope, (delta * along_slope).addcmul_(pull, factor * along, value=-1), factor_slope
+
+
 class _GramNorm(torch.autograd.Function):
     """‖δᵀa‖² = Σ_ij (δ_i·δ_j)(a_i·a_j), in four products with matrices of samples by samples."""
 
@@ -85,9 +132,9 @@ class Step(ABC):
     def stationarity(self, own: Int[Tensor, " batch"], mu: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
         """Relative residual of Eq. 5 for samples of class index `own` with multipliers `mu`, differentiable in the samples and in `mu`."""
 
-    def remember(self, module: _BatchNorm, average: Tensor, variance: Tensor, centred: Tensor) -> None:
+    def remember(self, module: _BatchNorm, average: Tensor, variance: Tensor, samples: int) -> None:
         """Keep a batch normalisation's moments, the variance unbiased, as its running one is."""
-        count = len(centred) * ranks()
+        count = samples * ranks()
         self.moments.append((module, average, variance * count / (count - 1)))
 
     def statistics_mismatch(self) -> Float[Tensor, ""]:
@@ -133,7 +180,8 @@ class DoubleBackward(Step):
 
     def _remember(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
         assert isinstance(module, _BatchNorm)
-        self.remember(module, *moments(arguments[0].movedim(1, -1).flatten(0, -2)))
+        average, variance, centred = moments(arguments[0].movedim(1, -1).flatten(0, -2))
+        self.remember(module, average, variance, len(centred))
 
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""
@@ -172,10 +220,8 @@ class ClosedForm(Step):
                 self.tape.append((name, layer, (x, z)))
                 x = z
             elif isinstance(layer, _BatchNorm):
-                average, variance, centred = moments(x)
-                self.remember(layer, average, variance, centred)
-                scale = (variance + layer.eps).rsqrt()
-                normal = centred * scale
+                normal, scale, average, variance = _Normalise.apply(x, layer.eps)
+                self.remember(layer, average, variance, len(x))
                 self.tape.append((name, layer, (normal, scale)))
                 x = torch.addcmul(layer.bias, normal, layer.weight)
             elif isinstance(layer, SmoothGateReLU):
@@ -215,11 +261,9 @@ class ClosedForm(Step):
                     delta = delta @ layer.weight
             elif isinstance(layer, _BatchNorm):
                 normal, scale = seen
-                along, slope = total((delta * normal).sum(0)), total(delta.sum(0))
+                delta, along, slope = _NormaliseBack.apply(delta, normal, scale * layer.weight)
                 add(weight, layer.weight, along)
                 add(bias, layer.bias, slope)
-                count = len(delta) * ranks()
-                delta = (delta - slope / count - normal * (along / count)) * (scale * layer.weight)
             else:
                 delta = delta * seen[0]
         return relative_residual(product, self.size, norm)
