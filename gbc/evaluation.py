@@ -44,7 +44,7 @@ class Similarities:
 
 def compare(images: Images, train: Images, control: Images) -> Similarities:
     """SSIM of `images` with the training and with the control images."""
-    return Similarities(ssim(images.x, train.x), ssim(images.x, control.x))
+    return Similarities(*ssim(images.x, torch.cat([train.x, control.x])).split([len(train.x), len(control.x)], dim=1))
 
 
 def auc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:

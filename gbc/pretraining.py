@@ -27,7 +27,7 @@ STAGES = 8  # of L-BFGS, each on a sharper softplus
 SETTLE = 0.995  # what the step size is multiplied by in each of the last steps
 CURVE_ROWS = 200  # of the curve, about
 FIRST_CHECKPOINT = 128  # step of the first oracle along the curve; the next ones are at every doubling
-CURVE_ITERATIONS, ITERATIONS = 40, 120  # of the oracle along the curve or over all parameters, and on Z₁ at the end
+CURVE_ITERATIONS, ITERATIONS = 30, 100  # of the oracle along the curve or over all parameters, and on Z₁ at the end
 ACTIVE = 1e-3  # a multiplier counts as positive above this share of the largest
 ORACLE_INPUTS = LambdaParams(inputs=8, batch=16)
 

@@ -1,4 +1,4 @@
-"""Training on a random classifier, in float64, under `torchrun -m tests.ranks <architecture> <steps> <file>`; rank 0 writes."""
+"""Training on random classifiers, in float64, under `torchrun -m tests.ranks <folder> <architecture>-<steps> …`; rank 0 writes."""
 
 import dataclasses
 import sys
@@ -54,11 +54,12 @@ def classifier(architecture: str, seed: int) -> Classifier:
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    architecture, steps, path = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    networks = [classifier(architecture, seed) for seed in (0, 1)]
-    homogeneities = [Homogeneity({name: 0.5 for name, _ in network.named_parameters()}, {}, 0, 0.0) for network in networks]
-    params = dataclasses.replace(load_params([]), steps=steps, generator=SHARED)
+    networks = {name: [classifier(name.split("-")[0], seed) for seed in (0, 1)] for name in sys.argv[2:]}
     with processes(torch.device("cpu")) as device:
-        generator, history, _, _ = train(params, TASK, networks, homogeneities, device)
-        if rank() == 0:
-            save_tensors(path, generator.state_dict() | {"curve": torch.tensor(history.to_numpy())})
+        for name, pair in networks.items():
+            homogeneities = [Homogeneity({group: 0.5 for group, _ in network.named_parameters()}, {}, 0, 0.0) for network in pair]
+            params = dataclasses.replace(load_params([]), steps=int(name.split("-")[1]), generator=SHARED)
+            generator, history, _, _ = train(params, TASK, pair, homogeneities, device)
+            if rank() == 0:
+                state = generator.state_dict() | {"curve": torch.tensor(history.to_numpy())}
+                save_tensors(Path(sys.argv[1]) / f"{name}.safetensors", state)

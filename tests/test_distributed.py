@@ -13,21 +13,24 @@ from gbc.artifacts import load_tensors
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def trained(ranks: int, architecture: str, steps: int, path: Path) -> dict[str, torch.Tensor]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launch, "-m", "tests.ranks", architecture, str(steps), str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return load_tensors(path)
+TOLERANCES = {"homogeneous-1": 1e-10, "residual-1": 1e-10, "convolutional-1": 1e-10, "batchnorm-1": 1e-10, "batchnorm-200": 1e-6}
 
 
-@pytest.mark.parametrize(
-    ("architecture", "steps", "tolerance"),
-    [("homogeneous", 1, 1e-10), ("residual", 1, 1e-10), ("convolutional", 1, 1e-10), ("batchnorm", 1, 1e-10), ("batchnorm", 200, 1e-6)],
-)
-def test_two_ranks_train_as_one(architecture: str, steps: int, tolerance: float, tmp_path: Path):
-    alone = trained(1, architecture, steps, tmp_path / "alone.safetensors")
-    shared = trained(2, architecture, steps, tmp_path / "shared.safetensors")
-    assert alone["curve"].shape == (2 * min(steps, 200), 8)
-    for name, value in alone.items():
-        torch.testing.assert_close(shared[name], value, rtol=tolerance, atol=tolerance)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """By the number of processes, the folder of what they trained; each run starts once, for most of its time goes into imports."""
+    folders = {}
+    for ranks, launch in {1: [], 2: ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]}.items():
+        folders[ranks] = tmp_path_factory.mktemp("ranks")
+        command = [sys.executable, *launch, "-m", "tests.ranks", str(folders[ranks]), *TOLERANCES]
+        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return folders
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_two_ranks_train_as_one(trained: dict[int, Path], name: str):
+    alone, shared = (load_tensors(trained[ranks] / f"{name}.safetensors") for ranks in (1, 2))
+    assert alone["curve"].shape == (2 * int(name.split("-")[1]), 8)
+    for key, value in alone.items():
+        torch.testing.assert_close(shared[key], value, rtol=TOLERANCES[name], atol=TOLERANCES[name])

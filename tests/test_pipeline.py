@@ -147,6 +147,15 @@ def test_an_experiment_with_another_beta_runs_only_generators_and_what_follows(p
     assert "kkt_residual" in run("dvc", "metrics", "diff", cwd=clone).stdout
 
 
+@pytest.fixture(scope="module")
+def bare(project: Path) -> Path:
+    """A clone whose only data are a classifier and its Λ."""
+    clone = project.parent / "bare"
+    run("git", "clone", "-q", str(project), str(clone), cwd=project.parent)
+    run("dvc", "pull", "-q", "data/classifiers/faces", "data/lambda/faces", cwd=clone)
+    return clone
+
+
 def truncate(folder: Path) -> None:
     weights = folder / "data/classifiers/faces/weights.safetensors"
     content = weights.read_bytes()
@@ -171,13 +180,10 @@ BAD_INPUT: dict[str, tuple[list[str], Callable[[Path], None], str]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_ends_in_one_clear_line(project: Path, case: str):
+def test_bad_input_ends_in_one_clear_line(bare: Path, case: str):
     command, spoil, message = BAD_INPUT[case]
-    clone = project.parent / case.replace(" ", "_")
-    run("git", "clone", "-q", str(project), str(clone), cwd=project.parent)
-    run("dvc", "pull", "-q", cwd=clone)
-    spoil(clone)
-    done = run("python", "-m", f"stages.{command[0]}", *command[1:], cwd=clone, check=False)
+    spoil(bare)
+    done = run("python", "-m", f"stages.{command[0]}", *command[1:], cwd=bare, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: ")

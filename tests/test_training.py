@@ -1,6 +1,8 @@
 """The generator's loss, term by term, and a training that makes it fall, on small real classifiers."""
 
+import copy
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -27,11 +29,17 @@ def task(*names: str, **changes: float) -> TrainParams:
     return TrainParams(classifiers=list(names), anchors=8, batch=24, multiplier="relu", matmul_precision="highest", **values)
 
 
-def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
+@functools.cache
+def pretrained(path: str, architecture: str) -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
     data = sample(SampleParams(source="circle", classes=[0, 1, 2], per_class=6 if path == "all" else 3, path=path), 0)
     settings = PretrainParams(architecture, [32, 32], 0.5, 0.2, 0.001, 0.0, 0.0, 0.0, 600, 0, -50.0, 0.0, "float32")
     network, _, _ = pretrain(settings, data, 0, torch.device("cpu"))
     return network, estimate(network, (2,), LambdaParams(8, 16), torch.Generator().manual_seed(0)), data
+
+
+def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
+    """A trained classifier of its own for every test, for training sets its gate."""
+    return copy.deepcopy(pretrained(path, architecture))
 
 
 def run(classifiers: list[Classifier], homogeneities: list[Homogeneity], settings: TrainParams, steps: int = 300, beta: float = 50.0):
