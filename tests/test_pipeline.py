@@ -1,6 +1,7 @@
 """The whole pipeline at tiny sizes, in a git and DVC repository of its own."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -208,6 +209,7 @@ def test_no_generator_stage_can_see_images():
     assert {name.removesuffix("_celeba").removesuffix("_multi") for name in seen} == {"sample", "pretrain", "evaluate"}
 
 
+@functools.cache
 def loaded_by(stage: str) -> set[str]:
     """The modules of gbc/ that a stage's script loads, with what it imports inside `main`."""
     parts = ast.walk(ast.parse((ROOT / f"stages/{stage}.py").read_text()))
