@@ -145,16 +145,18 @@ class Multipliers(nn.Module):
         self.register_buffer("labels", torch.tensor(sorted(set().union(*known))))
         classes = len(self.labels)
         fan_in = math.prod(input_shape) + classes + len(known)
-        self.layers = nn.Sequential(nn.Linear(fan_in, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes))
+        learned = [nn.Linear(fan_in, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, classes)]
+        self.layers = nn.Sequential(*learned if self.positive else [])
 
     def initialise(self, rng: torch.Generator) -> "Multipliers":
         """Kaiming's weights, the last layer's small: every multiplier starts alive, near 1."""
         kaiming(self, rng)
-        with torch.no_grad():
-            last = self.layers[-1]
-            assert isinstance(last, nn.Linear)
-            last.weight.mul_(0.1)
-            last.bias.fill_(1.0)
+        if self.positive:
+            with torch.no_grad():
+                last = self.layers[-1]
+                assert isinstance(last, nn.Linear)
+                last.weight.mul_(0.1)
+                last.bias.fill_(1.0)
         return self
 
     def forward(self, x: Tensor, y: Int[Tensor, " batch"], t: int) -> Float[Tensor, "batch classes"]:

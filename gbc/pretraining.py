@@ -27,7 +27,7 @@ STAGES = 8  # of L-BFGS, each on a sharper softplus
 SETTLE = 0.995  # what the step size is multiplied by in each of the last steps
 CURVE_ROWS = 200  # of the curve, about
 FIRST_CHECKPOINT = 128  # step of the first oracle along the curve; the next ones are at every doubling
-CURVE_ITERATIONS, ITERATIONS = 30, 100  # of the oracle along the curve or over all parameters, and on Z₁ at the end
+ITERATIONS = 50  # of every oracle
 ACTIVE = 1e-3  # a multiplier counts as positive above this share of the largest
 ORACLE_INPUTS = LambdaParams(inputs=8, batch=16)
 
@@ -123,9 +123,7 @@ def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params:
             yield Progress(step - 1, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
 
 
-def certify(
-    network: Classifier, sets: Sequence[tuple[Tensor, Int[Tensor, " batch"]]], iterations: int, everywhere: bool = False
-) -> list[Oracle]:
+def certify(network: Classifier, sets: Sequence[tuple[Tensor, Int[Tensor, " batch"]]], everywhere: bool = False) -> list[Oracle]:
     """How well each set of images and labels explains the weights: on Z₁, or `everywhere`, that is with the target zero on Z₂ too.
 
     Batch normalisation takes a whole set as its batch. ReLU's derivative at 0 is any number in [0, 1] (Clarke's subdifferential, with
@@ -137,7 +135,7 @@ def certify(
     goal = target(network, homogeneity)
     if not everywhere:
         goal = {name: goal[name] for name in homogeneity.z1}
-    return [oracle(network.set_gate(KINK), goal, x, y, iterations) for x, y in sets]
+    return [oracle(network.set_gate(KINK), goal, x, y, ITERATIONS) for x, y in sets]
 
 
 def residuals(found: Sequence[Oracle]) -> dict[str, Any]:
@@ -174,7 +172,7 @@ def pretrain(
             row: dict[str, Any] = vars(progress)
             if progress.step + 1 >= checkpoint:
                 checkpoint, before = 2 * checkpoint, residual
-                measured = residuals(certify(network, sets, CURVE_ITERATIONS))
+                measured = residuals(certify(network, sets))
                 row, residual = row | measured, measured["oracle_residual"]
                 if params.plateau and residual > (1 - params.plateau) * before:
                     break
@@ -186,9 +184,9 @@ def pretrain(
         logits = network.train()(x)
     # Of ReLU itself, not of the softplus that the descent may have ended on.
     progress = Progress(progress.step, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
-    final = certify(network, sets, ITERATIONS)
+    final = certify(network, sets)
     covered = len(final[0].groups) == len(list(network.parameters()))
-    everywhere = final if covered else certify(network, sets, CURVE_ITERATIONS, everywhere=True)
+    everywhere = final if covered else certify(network, sets, everywhere=True)
     facts: dict[str, Any] = {
         "residual": final[0].residual,
         "heldout_residual": residuals(final)["heldout_residual"],
