@@ -73,6 +73,15 @@ def share(whole: Tensor) -> Tensor:
     return whole[rank() :: ranks()]
 
 
+def gather(part: Tensor) -> Tensor:
+    """The samples of all processes, one process's after another's; not differentiable. Each has as many."""
+    if ranks() == 1:
+        return part
+    whole = part.new_empty(len(part) * ranks(), *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part.contiguous())
+    return whole
+
+
 @torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its mean over the processes, in one message."""

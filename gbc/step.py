@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import mean, moments, ranks, total
+from gbc.distributed import gather, mean, moments, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
 
@@ -87,25 +87,27 @@ class _NormaliseBack(torch.autograd.Function):
 
 
 class _GramNorm(torch.autograd.Function):
-    """‖δᵀa‖² = Σ_ij (δ_i·δ_j)(a_i·a_j), in four products with matrices of samples by samples."""
+    """‖δᵀa‖² = Σ_ij (δ_i·δ_j)(a_i·a_j), in four products with matrices of this process's samples by all samples."""
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, a: Tensor) -> Tensor:
-        gram_delta, gram_a = delta @ delta.T, a @ a.T
-        ctx.save_for_backward(delta, a, gram_delta, gram_a)
-        return (gram_delta * gram_a).sum()
+        all_delta, all_a = gather(delta), gather(a)
+        gram_delta, gram_a = delta @ all_delta.T, a @ all_a.T
+        ctx.save_for_backward(all_delta, all_a, gram_delta, gram_a)
+        return total((gram_delta * gram_a).sum())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        delta, a, gram_delta, gram_a = ctx.saved_tensors
-        return (2 * slope * gram_a) @ delta, (2 * slope * gram_delta) @ a if ctx.needs_input_grad[1] else None
+        all_delta, all_a, gram_delta, gram_a = ctx.saved_tensors
+        slope = total(slope)
+        return (2 * slope * gram_a) @ all_delta, (2 * slope * gram_delta) @ all_a if ctx.needs_input_grad[1] else None
 
 
 def squared_norm(delta: Float[Tensor, "batch out"], a: Float[Tensor, "batch in"]) -> Float[Tensor, ""]:
     """‖Σ_i δ_i a_iᵀ‖² over the samples of all processes: by Gram matrices, or by the outer products, whichever takes less arithmetic."""
-    samples, out, fan_in = len(delta), delta.shape[1], a.shape[1]
-    if ranks() == 1 and 2 * samples * (out + fan_in) < 3 * out * fan_in:
+    samples, out, fan_in = len(delta) * ranks(), delta.shape[1], a.shape[1]
+    if 2 * samples * (out + fan_in) < 3 * out * fan_in:
         return _GramNorm.apply(delta, a)
     return total(delta.T @ a).square().sum()
 
