@@ -44,7 +44,7 @@ def shrink(path: Path) -> None:
         params[block] = {name: params[block][name] for name in names}
     params["sample"]["faces"]["per_class"] = 10
     for task in params["pretrain"].values():
-        task |= {"hidden": [12, 8], "max_steps": 20}
+        task |= {"hidden": [12, 8], "max_steps": 20, "settle_steps": 5}
     for task in (params["train_single"] | params["train_multi"]).values():
         task |= {"anchors": 4, "batch": 12}
     params["steps"] = 6
