@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from gbc.classifier import Classifier
 from gbc.homogeneity import estimate
 from gbc.kkt import Oracle, oracle, smallest_margin, target
 from gbc.params import InputError, LambdaParams, PretrainParams
+from gbc.progress import progress
 
 GROW, SHRINK = 1.05, 0.5  # of the step size, after an accepted step and after one that raised the loss
 SLACK = 1e-3  # relative rise of the loss that is still accepted, so that rounding does not stop the descent
@@ -164,26 +164,26 @@ def pretrain(
     network.to(device, dtype)
     rows: list[dict[str, float]] = []
     checkpoint, residual = FIRST_CHECKPOINT, math.inf
-    progress = Progress(0, math.inf, -math.inf)
+    last = Progress(0, math.inf, -math.inf)
     sets = [(x, y), (control_x, control_y)] if len(control_x) else [(x, y)]
-    with tqdm(total=params.max_steps, desc="descent", mininterval=1) as bar:
-        for progress in (regularise if params.weight_decay else descend)(network, x, y, params):
-            bar.update(progress.step + 1 - bar.n)
-            row: dict[str, Any] = vars(progress)
-            if progress.step + 1 >= checkpoint:
+    with progress(params.max_steps, "descent") as bar:
+        for last in (regularise if params.weight_decay else descend)(network, x, y, params):
+            bar.update(last.step + 1 - bar.n)
+            row: dict[str, Any] = vars(last)
+            if last.step + 1 >= checkpoint:
                 checkpoint, before = 2 * checkpoint, residual
                 measured = residuals(certify(network, sets))
                 row, residual = row | measured, measured["oracle_residual"]
                 if params.plateau and residual > (1 - params.plateau) * before:
                     break
-            if (progress.step + 1) % max(1, params.max_steps // CURVE_ROWS) == 0 or "oracle_residual" in row:
+            if (last.step + 1) % max(1, params.max_steps // CURVE_ROWS) == 0 or "oracle_residual" in row:
                 rows.append(row)
-                bar.set_postfix(log_loss=f"{progress.log_loss:.4g}", margin=f"{progress.smallest_margin:.4g}")
+                bar.set_postfix(log_loss=f"{last.log_loss:.4g}", margin=f"{last.smallest_margin:.4g}", refresh=False)
     network.set_gate(None).settle(x)
     with torch.no_grad():
         logits = network.train()(x)
     # Of ReLU itself, not of the softplus that the descent may have ended on.
-    progress = Progress(progress.step, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
+    last = Progress(last.step, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
     final = certify(network, sets)
     covered = len(final[0].groups) == len(list(network.parameters()))
     everywhere = final if covered else certify(network, sets, everywhere=True)
@@ -197,12 +197,12 @@ def pretrain(
             "groups": everywhere[0].groups,
         },
         "active": (final[0].mu.max(1) > ACTIVE * final[0].mu.max()).tolist(),
-        "log_loss": progress.log_loss,
-        "smallest_margin": progress.smallest_margin,
-        "steps": progress.step + 1,
+        "log_loss": last.log_loss,
+        "smallest_margin": last.smallest_margin,
+        "steps": last.step + 1,
         "heldout_accuracy": None,
     }
-    rows.append(vars(progress) | residuals(final))
+    rows.append(vars(last) | residuals(final))
     if len(control_x):
         with torch.no_grad():
             facts["heldout_accuracy"] = (network.eval()(control_x).argmax(1) == control_y).double().mean().item()

@@ -87,20 +87,19 @@ class _NormaliseBack(torch.autograd.Function):
 
 
 class _GramNorm(torch.autograd.Function):
-    """‖δᵀa‖² = Σ_ij (δ_i·δ_j)(a_i·a_j), in four products with matrices of this process's samples by all samples."""
+    """This process's share of ‖δᵀa‖² = Σ_ij (δ_i·δ_j)(a_i·a_j), in four products with matrices of its samples by all samples."""
 
     @staticmethod
     def forward(ctx: Any, delta: Tensor, a: Tensor) -> Tensor:
         all_delta, all_a = gather(delta), gather(a)
         gram_delta, gram_a = delta @ all_delta.T, a @ all_a.T
         ctx.save_for_backward(all_delta, all_a, gram_delta, gram_a)
-        return total((gram_delta * gram_a).sum())
+        return (gram_delta * gram_a).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
         all_delta, all_a, gram_delta, gram_a = ctx.saved_tensors
-        slope = total(slope)
         return (2 * slope * gram_a) @ all_delta, (2 * slope * gram_delta) @ all_a if ctx.needs_input_grad[1] else None
 
 
@@ -108,7 +107,7 @@ def squared_norm(delta: Float[Tensor, "batch out"], a: Float[Tensor, "batch in"]
     """‖Σ_i δ_i a_iᵀ‖² over the samples of all processes: by Gram matrices, or by the outer products, whichever takes less arithmetic."""
     samples, out, fan_in = len(delta) * ranks(), delta.shape[1], a.shape[1]
     if 2 * samples * (out + fan_in) < 3 * out * fan_in:
-        return _GramNorm.apply(delta, a)
+        return total(_GramNorm.apply(delta, a))
     return total(delta.T @ a).square().sum()
 
 

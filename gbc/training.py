@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from gbc.artifacts import load_network, save_json, save_network, save_table, save_tensors
 from gbc.classifier import Classifier
@@ -20,6 +19,7 @@ from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
 from gbc.muon import Muon
 from gbc.params import InputError, Params, TrainParams, device
+from gbc.progress import Live, progress
 from gbc.step import Step, step_of
 
 HISTORY_ROWS = 200  # of the loss curve, about
@@ -104,12 +104,18 @@ def shot(g: Generator, seed: int) -> Tensor:
 
 
 def train(
-    params: Params, task: TrainParams, classifiers: Sequence[Classifier], homogeneities: Sequence[Homogeneity], device: torch.device
+    params: Params,
+    task: TrainParams,
+    classifiers: Sequence[Classifier],
+    homogeneities: Sequence[Homogeneity],
+    device: torch.device,
+    kind: type[Generator] = Generator,
+    live: Live | None = None,
 ) -> Trained:
     """Train g, h and one α per classifier so that the generated distribution satisfies the classifiers' KKT conditions.
 
-    Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. Raises `InputError` if the classifiers
-    take inputs of different shapes, or `batch` is below their number of labels.
+    Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. `kind` is g's class; `live` is shown how it
+    goes. Raises `InputError` if the classifiers take inputs of different shapes, or `batch` is below their number of labels.
     """
     shape = classifiers[0].input_shape
     if any(classifier.input_shape != shape for classifier in classifiers):
@@ -121,7 +127,7 @@ def train(
     rng = torch.Generator().manual_seed(params.seed)
     shared, count = params.generator, max(1, round(params.steps * task.length))
     known = tuple(classifier.labels for classifier in classifiers)
-    g = Generator(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
+    g = kind(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
     h = Multipliers(known, shape, shared.width, task.multiplier).initialise(rng)
     g, h = g.to(device), h.to(device)
     steps = [step_of(c.to(device), homogeneity, task.gate or None) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
@@ -138,7 +144,7 @@ def train(
     shots, film = {count * k * k // SHOTS**2 for k in range(SHOTS)}, {}
     began = time.perf_counter()
     every = max(1, count // HISTORY_ROWS)
-    with tqdm(total=count, desc="generator", mininterval=1, disable=rank() > 0) as bar:
+    with progress(count, "generator") as bar:
         for done in range(count):
             if done in shots:
                 film[done] = shot(g, params.seed)
@@ -163,7 +169,7 @@ def train(
                 loss = loss + params.beta * task.margin_reward * alpha[t]
                 if done % every == 0 or done == count - 1:
                     rows.append({"step": done, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
-                    bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")})
+                    bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")}, refresh=False)
             for parameter in trained:
                 parameter.grad = None
             loss.backward(inputs=trained)
@@ -172,16 +178,21 @@ def train(
                 optimiser.step()
                 decay.step()
             bar.update()
+            if live and live.due():
+                live.draw(rows, shot(g, params.seed))
     return Trained(g, pd.DataFrame(rows), film | {count: shot(g, params.seed)}, time.perf_counter() - began)
 
 
 def train_and_save(params: Params, task: TrainParams, name: str) -> None:
-    """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/."""
+    """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/.
+
+    Meanwhile data/live/<name>.png and .csv show how it goes.
+    """
     classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
     homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
     torch.set_float32_matmul_precision(task.matmul_precision)
     with processes(device(params)) as place:
-        trained = train(params, task, classifiers, homogeneities, place)
+        trained = train(params, task, classifiers, homogeneities, place, live=Live(Path(f"data/live/{name}")))
         if rank() == 0:
             history = Path(f"data/histories/{name}")
             save_network(Path(f"data/generators/{name}"), trained.generator)

@@ -15,6 +15,7 @@ from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
 from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
 from gbc.pretraining import pretrain
+from gbc.progress import Live
 from gbc.step import step_of
 from gbc.training import draw_codes, loss_terms, total_variation, train
 from tests import ranks
@@ -42,9 +43,16 @@ def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogen
     return copy.deepcopy(pretrained(path, architecture))
 
 
-def run(classifiers: list[Classifier], homogeneities: list[Homogeneity], settings: TrainParams, steps: int = 300, beta: float = 50.0):
+def run(
+    classifiers: list[Classifier],
+    homogeneities: list[Homogeneity],
+    settings: TrainParams,
+    steps: int = 300,
+    beta: float = 50.0,
+    live: Live | None = None,
+):
     params = dataclasses.replace(load_params([]), beta=beta, seed=0, steps=steps, generator=SHARED)
-    return train(params, settings, classifiers, homogeneities, torch.device("cpu"))
+    return train(params, settings, classifiers, homogeneities, torch.device("cpu"), live=live)
 
 
 def test_total_variation_is_the_mean_step_between_neighbours():
