@@ -3,10 +3,8 @@
 import ast
 import functools
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,65 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-Run = subprocess.CompletedProcess[str]
-
-TASKS = {
-    "sample": ["toy_1", "toy_2", "faces"],
-    "pretrain": ["toy_1", "toy_2", "faces"],
-    "train_single": ["toy_1", "faces"],
-    "train_multi": ["toy_pair"],
-}
-
-
-def run(*command: str, cwd: Path, check: bool = True) -> Run:
-    """Run a command with this environment's programs first in PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True)
-    assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def stages_run(done: Run) -> list[str]:
-    return re.findall(r"Running stage '(.*?)'", done.stdout)
-
-
-def shrink(path: Path) -> None:
-    """Keep a few tasks and make every one tiny."""
-    params = yaml.safe_load(path.read_text())
-    for block, names in TASKS.items():
-        params[block] = {name: params[block][name] for name in names}
-    params["sample"]["faces"]["per_class"] = 10
-    for task in params["pretrain"].values():
-        task |= {"hidden": [12, 8], "max_steps": 20, "settle_steps": 5}
-    for task in (params["train_single"] | params["train_multi"]).values():
-        task |= {"anchors": 4, "batch": 12}
-    params["steps"] = 6
-    params["generator"] |= {"noise": 4, "width": 16, "channels": 8}
-    params["evaluate"]["samples"] = 40
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository with a reproduced pipeline, committed and pushed to its remotes."""
-    folder = tmp_path_factory.mktemp("gbc") / "project"
-    for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines():
-        if not name.startswith(("reports/", "data/evidence/", "tests/")) and name != "dvc.lock" and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    shrink(folder / "params.yaml")
-    run("git", "init", "-q", "-b", "main", cwd=folder)
-    run("git", "config", "user.name", "test", cwd=folder)
-    run("git", "config", "user.email", "test@example.com", cwd=folder)
-    run("git", "add", "-A", cwd=folder)
-    run("git", "commit", "-qm", "tiny", cwd=folder)
-    first = run("dvc", "repro", cwd=folder)
-    assert len(stages_run(first)) == 3 * 3 + 3 + 3 + 1
-    run("dvc", "push", "-q", cwd=folder)
-    run("git", "add", "-A", cwd=folder)
-    run("git", "commit", "-qm", "results", cwd=folder)
-    return folder
+from tests.tiny import ROOT, clone, run, stages_run
 
 
 @pytest.mark.slow
@@ -106,34 +46,29 @@ def test_reports_deleted_and_rebuilt_are_the_same_bytes(project: Path):
 
 @pytest.mark.slow
 def test_a_second_clone_pulls_and_runs_nothing(project: Path):
-    clone = project.parent / "second"
-    run("git", "clone", "-q", str(project), str(clone), cwd=project.parent)
-    run("dvc", "pull", "-q", cwd=clone)
-    assert stages_run(run("dvc", "repro", cwd=clone)) == []
-    assert (clone / "data/generators/faces/weights.safetensors").read_bytes() == (
+    second = clone(project, project.parent / "second")
+    run("dvc", "pull", "-q", cwd=second)
+    assert stages_run(run("dvc", "repro", cwd=second)) == []
+    assert (second / "data/generators/faces/weights.safetensors").read_bytes() == (
         project / "data/generators/faces/weights.safetensors"
     ).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_clone_without_the_local_remote_rebuilds_the_report_from_git_alone(project: Path):
-    apart = project.parent / "apart"
-    apart.mkdir()
-    clone = apart / "clone"
-    run("git", "clone", "-q", str(project), str(clone), cwd=apart)
-    run("dvc", "pull", "-q", "--allow-missing", "--remote", "evidence", cwd=clone)
-    assert stages_run(run("dvc", "repro", "--dry", "--allow-missing", cwd=clone)) == []
-    shutil.rmtree(clone / "reports")
-    run("python", "-m", "stages.report", cwd=clone)
-    assert run("git", "status", "--short", cwd=clone).stdout == ""
+    alone = clone(project, project.parent / "apart/clone")
+    run("dvc", "pull", "-q", "--allow-missing", "--remote", "evidence", cwd=alone)
+    assert stages_run(run("dvc", "repro", "--dry", "--allow-missing", cwd=alone)) == []
+    shutil.rmtree(alone / "reports")
+    run("python", "-m", "stages.report", cwd=alone)
+    assert run("git", "status", "--short", cwd=alone).stdout == ""
 
 
 @pytest.mark.slow
 def test_an_experiment_with_another_beta_runs_only_generators_and_what_follows(project: Path):
-    clone = project.parent / "experiment"
-    run("git", "clone", "-q", str(project), str(clone), cwd=project.parent)
-    run("dvc", "pull", "-q", cwd=clone)
-    done = run("dvc", "exp", "run", "-S", "beta=0.5", "-n", "half", cwd=clone)
+    other = clone(project, project.parent / "experiment")
+    run("dvc", "pull", "-q", cwd=other)
+    done = run("dvc", "exp", "run", "-S", "beta=0.5", "-n", "half", cwd=other)
     expected = {
         "train_single@toy_1",
         "train_single@faces",
@@ -144,17 +79,16 @@ def test_an_experiment_with_another_beta_runs_only_generators_and_what_follows(p
         "report",
     }
     assert set(stages_run(done)) == expected
-    assert "half" in run("dvc", "exp", "show", "--csv", cwd=clone).stdout
-    assert "kkt_residual" in run("dvc", "metrics", "diff", cwd=clone).stdout
+    assert "half" in run("dvc", "exp", "show", "--csv", cwd=other).stdout
+    assert "kkt_residual" in run("dvc", "metrics", "diff", cwd=other).stdout
 
 
 @pytest.fixture(scope="module")
 def bare(project: Path) -> Path:
     """A clone whose only data are a classifier and its Λ."""
-    clone = project.parent / "bare"
-    run("git", "clone", "-q", str(project), str(clone), cwd=project.parent)
-    run("dvc", "pull", "-q", "data/classifiers/faces", "data/lambda/faces", cwd=clone)
-    return clone
+    folder = clone(project, project.parent / "bare")
+    run("dvc", "pull", "-q", "data/classifiers/faces", "data/lambda/faces", cwd=folder)
+    return folder
 
 
 def truncate(folder: Path) -> None:
