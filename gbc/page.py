@@ -1,23 +1,34 @@
-"""The report's page: one HTML file with every figure inlined, readable offline."""
+"""The report's page: one HTML file that holds its pictures and needs no network. Its text and layout are in page.html."""
 
 import base64
+import io
+import math
 from collections.abc import Mapping
-from html import escape
+from pathlib import Path
 from typing import Any
 
+import jinja2
+import numpy as np
 import pandas as pd
+from markupsafe import Markup
+from PIL import Image
 
 from gbc.homogeneity import Homogeneity
+from gbc.params import Params
 
-STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; color: #222; }
-img { max-width: 100%; display: block; margin: 0.5rem auto; }
-div.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-"""
-
+ABOUT = {
+    "mnist": "Handwritten digits, and a batch-normalised classifier as in the paper.",
+    "mnist_10": "The same classifier trained on ten images per class: with as many weights for fewer images, it gives nearly all of them away.",
+    "mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9 (Eq. 12).",
+    "mnist_plain": "A homogeneous classifier without batch normalisation, trained with weight decay: the paper's loss where its theory is cleanest. "
+    "There are no statistics to match: stationarity does all the work.",
+    "mnist_letter": "The paper's loss to the letter (Eqs. 5 to 7 and total variation, no extension), from the classifier of mnist. The loss is met by "
+    "images that are not digits: the extensions are what the other results rest on.",
+    "faces": "Faces and patches without a face, 25×25; non-faces first.",
+    "toy": "Eighteen points on a circle, in three classes.",
+    "toy_pair": "One generator from the classifiers of both halves of the toy (Eq. 12).",
+}
+FIGURES = {"toy": "fig4_toy", "toy_pair": "fig5_toy_pair"}  # of a generator's section; images are shown one by one
 CAPTIONS = {
     "fig2_duality": "Duality (Eq. 6). The loss is zero where a sample's margin lies between e^−α and e^−α + δ, and grows linearly outside: "
     "every generated sample is asked to sit at the smallest margin, where multipliers may be positive.",
@@ -28,14 +39,6 @@ CAPTIONS = {
     "that saw only that classifier. Look for samples at the circled points, and for points that none reaches.",
     "fig5_toy_pair": "Two classifiers, one generator (Eq. 12). Each row: one half of the toy data, its classifier, its own generator; "
     "on the right, the generator born from both: (d) free, (e) and (i) with its classifier index fixed, where only that half should appear.",
-    "fig6_mnist": "MNIST, batch-normalised classifier. Odd rows: the first generated images of each digit from fresh noise, not selected; "
-    "even rows: the training image nearest by SSIM.",
-    "fig7_faces": "Faces and patches without a face, 25×25. Odd rows generated, even rows nearest training image; non-faces first.",
-    "fig8_mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9. Odd rows generated, even rows nearest.",
-    "samples_mnist_plain": "MNIST, homogeneous classifier without batch normalisation, trained with weight decay: the paper's loss where its "
-    "theory is cleanest. There are no statistics to match: stationarity does all the work. Odd rows generated, even rows nearest.",
-    "samples_mnist_letter": "MNIST, batch-normalised classifier, the paper's loss to the letter (Eqs. 5 to 7 and total variation, no extension). "
-    "The loss is met by images that are not digits: the extensions are what the other MNIST results rest on.",
     "pretraining_curves": "Full-batch descent of the classifiers: log-loss and smallest margin against steps, and the oracle residual on Z₁ against the "
     "log-loss, of the true training images (solid) and of held-out ones (dashed). With weight decay (mnist_plain) the log-loss stays where it is while "
     "the residual falls. Where the two lines part, the weights tell training images from others. mnist_biased, at 1e-7, is below the panel: Z₁ is its last bias alone.",
@@ -45,39 +48,104 @@ CAPTIONS = {
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
 }
+SCORES = {
+    "precision_ratio": "precision ratio",
+    "recall_ratio": "recall ratio",
+    "train_control_auc": "train/control AUC",
+    "leak_60": "leak 0.6",
+    "diversity_ratio": "diversity",
+    "accuracy_on_generated": "label accuracy",
+    "student_accuracy": "student",
+    "teacher_accuracy": "teacher",
+    "kkt_residual": "residual",
+    "oracle_residual": "oracle",
+    "seconds": "seconds",
+}
+POINTS = {
+    "within_015": "samples near a training point",
+    "points_hit": "training points hit",
+    "points_active": "of active ones",
+    "accuracy_on_generated": "label accuracy",
+    "kkt_residual": "residual",
+    "oracle_residual": "oracle",
+    "seconds": "seconds",
+}
+SHARED = {"ssim_precision": "precision", "ssim_recall": "recall", "train_control_auc": "train/control AUC", "leak_60": "leak 0.6"}
+BASELINES = {"held_out": "real images never seen", "class_mean": "class means", "untrained": "untrained generator"}
 
 
-SHARED = ["ssim_precision", "ssim_recall", "train_control_auc", "leak_60"]  # scores that baselines have too
+def data_uri(png: bytes) -> str:
+    """A PNG file as a link that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
-def caption(name: str) -> str:
-    """What to see in a figure."""
-    if name.startswith("fig7_celeba_"):
-        return f"CelebA, attribute {escape(name.removeprefix('fig7_celeba_'))}: class 0 first. Odd rows generated, even rows nearest training image."
-    return CAPTIONS.get(name) or f"Generator {escape(name.removeprefix('samples_'))}: odd rows generated, even rows nearest training image."
+def rows(table: pd.DataFrame, corner: str) -> Markup:
+    """A table as HTML, three significant digits; `corner` says what the names of the rows are."""
+    named = table.rename_axis(index=None, columns=corner)
+    return Markup(named.to_html(float_format=lambda value: f"{value:.3g}", na_rep="", border=0))
 
 
-def wide(table: pd.DataFrame) -> str:
-    """A table as HTML, three significant digits, that scrolls by itself where it is wider than the page."""
-    return f'<div class="wide">{table.to_html(float_format=lambda v: f"{v:.3g}", na_rep="", border=0)}</div>\n'
+def png(image: np.ndarray) -> bytes:
+    """An image [height, width] or [channels, height, width] of bytes as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.moveaxis(image, 0, -1) if image.ndim == 3 else image).save(buffer, format="png")
+    return buffer.getvalue()
 
 
-def metrics_tables(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Three tables as HTML, as far as there is something to put in: images and points, a generator in every column; then baselines."""
-    scores = {name: {key: value for key, value in values.items() if key != "baselines"} for name, values in metrics.items()}
-    beside = {
-        f"{name}: {role}": row
-        for name, values in metrics.items()
-        if "baselines" in values
-        for role, row in {"generated": values, **values["baselines"]}.items()
-    }
-    points = [name for name in scores if "points_hit" in scores[name]]
-    tables = [
-        pd.DataFrame({name: scores[name] for name in scores if name not in points}),
-        pd.DataFrame({name: scores[name] for name in points}),
-        pd.DataFrame.from_dict(beside, orient="index").filter(SHARED),
+def pairs(pictures: Mapping[str, np.ndarray], best: pd.DataFrame, labels: list[int]) -> list[dict[str, Any]]:
+    """Every generated image that is shown with its nearest training image, its label and their SSIM.
+
+    `best` has the best SSIM of every sample, classes one after another in equal shares.
+    """
+    similarity = best.loc[best["images"] == "generated", "ssim"].to_numpy()
+    each, samples = len(pictures["generated"]) // len(labels), math.ceil(len(similarity) / len(labels))
+    places = [(label, samples * k + i) for k, label in enumerate(labels) for i in range(each)]
+    return [
+        {"generated": png(generated), "nearest": png(nearest), "text": f"class {label}, SSIM {similarity[place]:.2f}"}
+        for (label, place), generated, nearest in zip(places, pictures["generated"], pictures["nearest"], strict=True)
     ]
-    return "".join(wide(table) for table in tables if table.size)
+
+
+def facts(params: Params, name: str, certificates: Mapping[str, Mapping[str, Any]], history: pd.DataFrame) -> dict[str, str]:
+    """What a generator was born from: data, classifiers, Λ, oracle, and the margin that was found without data."""
+    found, task = {}, params.train[name]
+    for t, classifier in enumerate(task.classifiers):
+        source, net, known = params.sample[classifier], params.pretrain[classifier], certificates[classifier]
+        of = f" of {classifier}" if len(task.classifiers) > 1 else ""
+        found[f"Data{of}"] = f"{source.source}, {source.per_class} of each of the classes {', '.join(map(str, source.classes))}"
+        found[f"Classifier{of}"] = (
+            f"{net.architecture}, hidden layers of {' and '.join(map(str, net.hidden))}; log-loss {known['log_loss']:.4g}"
+        )
+        found[f"Λ{of}"] = f"{max(known['lam'].values()):.3g} on {', '.join(group.removeprefix('layers.') for group in known['z1'])}"
+        held_out = known["heldout_residual_all"]
+        beside = "" if held_out is None else f"; of images never seen {held_out:.3g}"
+        found[f"Oracle residual{of}"] = f"{known['oracle_residual_all']:.3g} of the training images{beside}"
+        asked = math.exp(-history.loc[history["classifier"] == t, "alpha"].iloc[-1])
+        smallest = known["smallest_margin"]
+        found[f"Margin e^−α{of}"] = (
+            f"{asked:.4g}, found without data; the classifier's smallest training margin is {smallest:.4g} ({asked / smallest - 1:+.1%})"
+        )
+    return found
+
+
+def failures(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for every generator that leaves something to be desired, in numbers."""
+    lines = []
+    for name, values in metrics.items():
+        if "points_hit" in values:
+            if (missed := values["points_active"] - values["points_hit"]) > 0:
+                lines.append(f"{name} misses {missed} of {values['points_active']} training points.")
+            continue
+        mean = values["baselines"]["class_mean"]
+        if values["accuracy_on_generated"] < 0.9:
+            lines.append(f"{name} does not make images of the classes asked for: its residual stays at {values['kkt_residual']:.2f}.")
+        elif values["train_control_auc"] < mean["train_control_auc"] + 0.05:
+            lines.append(
+                f"{name} gives away no more than its class means do: AUC {values['train_control_auc']:.2f} and {mean['train_control_auc']:.2f}."
+            )
+        else:
+            lines.append(f"{name}: {1 - values['recall_50']:.0%} of the training images are not reproduced above SSIM 0.5.")
+    return lines
 
 
 def certificate(architecture: str, homogeneity: Homogeneity, oracle: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,8 +171,8 @@ def certificate(architecture: str, homogeneity: Homogeneity, oracle: Mapping[str
     }
 
 
-def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
-    """A classifier in every row, as HTML: its groups, Λ, the scaling check and the oracle residuals."""
+def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """A classifier in every row: its groups, Λ, the scaling check and the oracle residuals."""
     rows = {}
     for name, values in certificates.items():
         highest = max(values["lam"].values())
@@ -125,51 +193,83 @@ def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> str:
             "margin": values["smallest_margin"],
             "log-loss": values["log_loss"],
         }
-    return wide(pd.DataFrame.from_dict(rows, orient="index"))
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
-def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> str:
-    """Every number of every benchmark in a row, as HTML."""
-    rows = []
+def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Every number of every benchmark in a row."""
+    table = []
     for name, results in benchmarks.items():
         flat = pd.json_normalize(dict(results)).iloc[0].drop(["threads", "torch"])
-        rows += [{"benchmark": name, "measured": key, "value": value} for key, value in flat.items() if isinstance(value, float | int)]
-    return wide(pd.DataFrame(rows).set_index("benchmark"))
+        table += [{"benchmark": name, "measured": key, "value": value} for key, value in flat.items() if isinstance(value, float | int)]
+    return pd.DataFrame(table).set_index("benchmark") if table else pd.DataFrame()
+
+
+def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds of every variant's scores, in the order of the file, and the standard deviation of the AUC."""
+    by = table.groupby("variant", sort=False)
+    means = by[[key for key in SCORES if key in table and key != "seconds"]].mean()
+    means.insert(list(means).index("train_control_auc") + 1, "±", by["train_control_auc"].std())
+    return means.rename(columns=SCORES)
+
+
+def beside(values: Mapping[str, Any]) -> pd.DataFrame:
+    """A generator's scores and its baselines', one in every row."""
+    table = pd.DataFrame({"generated": values, **values["baselines"]}).T.filter(list(SHARED)).astype(float)
+    return table.rename(columns=SHARED, index=BASELINES)
 
 
 def render(
+    params: Params,
     metrics: Mapping[str, Mapping[str, Any]],
     certificates: Mapping[str, Mapping[str, Any]],
-    benchmarks: Mapping[str, Mapping[str, Any]],
+    histories: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, pd.DataFrame],
+    pictures: Mapping[str, Mapping[str, np.ndarray]],
     figures: Mapping[str, bytes],
+    benchmarks: Mapping[str, Mapping[str, Any]],
+    ablations: Mapping[str, pd.DataFrame],
 ) -> str:
-    """The page: tables of all metrics, certificates and benchmarks, and every figure (PNG bytes) with a paragraph on what to see."""
-    sections = [
-        f'<h2 id="{name}">{name}</h2>\n<p>{caption(name)}</p>\n<img alt="{name}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        for name, png in figures.items()
-    ]
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>gbc: Generator Born from Classifier</title>',
-            f'<meta name="viewport" content="width=device-width">\n<style>{STYLE}</style>\n</head>\n<body>',
-            "<h1>Generator Born from Classifier</h1>",
-            "<p>Generators trained on nothing but a classifier's weights, after Yu &amp; Wang, NeurIPS 2023. Images are drawn from fresh noise. "
-            "Precision: mean best SSIM of a generated image to a training image. Recall: of a training image to the generated ones. Ratios: the "
-            "same, over that of as many real images never seen (1 is a perfect generator). <code>train_control_auc</code>: probability that a "
-            "training image is reproduced better than a control image of the same class (0.5: nothing is given away). "
-            "<code>leak_t</code>: share of training images above SSIM t, less the share of controls.</p>",
-            metrics_tables(metrics),
-            '<h2 id="certify">certify</h2>\n<p>Before a generator is trained: does Λ hold, and do the training images explain the weights? The oracle '
-            "residual is ‖Λ̄ζ − Σ μ ∇m‖ / ‖Λ̄ζ‖ with the best non-negative multipliers of the true images: what a perfect generator would reach. Beside it "
-            "the same for held-out images of the same classes: where it is no larger, stationarity cannot tell the training images from others. "
-            "“Z₁”: over the parameters of the largest λ alone; “all”: over all, the target being zero on Z₂.</p>",
-            certify_table(certificates),
-            *sections,
-            '<h2 id="benchmarks">benchmarks</h2>\n<p>Speed, as ratios of things measured in turn in one process on two cores; above 1 ours is faster '
-            "(<code>speedup_…</code>), or uses more (<code>…_ratio</code>; for <code>time_to_residual_ratio</code> and <code>step_ratio</code> more is better). "
-            "<code>kkt_step</code> is Eq. 5's residual with its gradient; <code>matmul_share</code> the share of the machine's own matrix-product speed. Measured by "
-            "<code>make benchmarks</code>, not by the pipeline: the numbers are kept in data/benchmarks.</p>",
-            benchmarks_table(benchmarks),
-            "</body>\n</html>\n",
-        ]
+    """The page. All mappings are by generator, classifier, figure or study."""
+    metrics = dict(sorted(metrics.items(), key=lambda item: [*ABOUT, item[0]].index(item[0])))
+    images = [name for name in metrics if "points_hit" not in metrics[name]]
+    scores = pd.DataFrame({name: {key: value for key, value in values.items() if key != "baselines"} for name, values in metrics.items()}).T
+    results = scores.loc[images].filter(list(SCORES)).rename(columns=SCORES)
+    if images:
+        means = [metrics[name]["baselines"]["class_mean"]["train_control_auc"] for name in images]
+        results.insert(list(results).index("train/control AUC") + 1, "of class means", means)
+    tasks = {}
+    for name, values in metrics.items():
+        labels = sorted({label for part in params.train[name].classifiers for label in params.sample[part].classes})
+        tasks[name] = {
+            "about": ABOUT.get(name, ""),
+            "facts": facts(params, name, certificates, histories[name]),
+            "pairs": pairs(pictures[name], tables[name], labels) if name in images else [],
+            "figure": FIGURES.get(name) if FIGURES.get(name) in figures else None,
+            "baselines": beside(values) if name in images else None,
+        }
+    headline = {}
+    if "mnist" in images:
+        best = metrics["mnist"]
+        headline = {
+            "of mnist's training images are reproduced above SSIM 0.5": f"{best['recall_50']:.0%}",
+            "of images of the same classes that the classifier never saw": f"{best['recall_50'] - best['leak_50']:.0%}",
+            "train/control AUC of mnist; 0.5 would give nothing away": f"{best['train_control_auc']:.2f}",
+            "of its training images are above SSIM 0.6 more than of images never seen": f"{best['leak_60']:.0%}",
+        }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"png": data_uri, "rows": rows}
+    return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
+        headline=headline,
+        results=results,
+        points=scores.drop(index=images).filter(list(POINTS)).rename(columns=POINTS),
+        everything=scores.T,
+        tasks=tasks,
+        figures=figures,
+        captions=CAPTIONS,
+        certificates=certify_table(certificates),
+        ablations={name: ablation_table(table) for name, table in ablations.items()},
+        seeds=max((table["seed"].nunique() for table in ablations.values()), default=0),
+        fails=failures(metrics),
+        benchmarks=benchmarks_table(benchmarks),
     )

@@ -8,7 +8,7 @@ DATA, REPORTS = Path("data"), Path("reports")
 
 
 def main(params: Params) -> None:
-    """data/{evaluations,histories,oracles,lambda,benchmarks}/ → reports/."""
+    """data/{evaluations,histories,oracles,lambda,benchmarks,studies}/ → reports/."""
     from gbc.artifacts import load_json, load_table, load_tensors, save_json, write_bytes
     from gbc.figures import draw, save_figure
     from gbc.homogeneity import load_homogeneity
@@ -20,8 +20,7 @@ def main(params: Params) -> None:
         metrics[name] = load_json(folder / "metrics.json") | {"seconds": load_json(history / "seconds.json")}
         tensors = load_tensors(folder / "pictures.safetensors") | load_tensors(history / "film.safetensors")
         pictures[name] = {key: value.numpy() for key, value in tensors.items()}
-        tables[name] = load_table(folder / "best_ssim.csv")
-        histories[name] = load_table(history / "history.csv")
+        tables[name], histories[name] = load_table(folder / "best_ssim.csv"), load_table(history / "history.csv")
     oracles = {name: load_json(DATA / "oracles" / name / "oracle.json") for name in params.pretrain}
     lambdas = {name: load_homogeneity(DATA / "lambda" / name / "lambda.json") for name in params.pretrain}
     scalings = {name: load_table(DATA / "lambda" / name / "scaling.csv") for name in params.pretrain}
@@ -30,9 +29,11 @@ def main(params: Params) -> None:
     certificates = {name: certificate(params.pretrain[name].architecture, lambdas[name], oracles[name]) for name in params.pretrain}
     save_json(REPORTS / "metrics.json", metrics | {"certify": certificates})
     benchmarks = {path.stem: load_json(path) for path in sorted((DATA / "benchmarks").glob("*.json"))}
-    figures = draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes)
-    pngs = {name: save_figure(REPORTS / "figures" / f"{name}.png", figure) for name, figure in figures.items()}
-    write_bytes(REPORTS / "index.html", render(metrics, certificates, benchmarks, pngs).encode())
+    drawn = draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes).items()
+    pngs = {name: save_figure(REPORTS / "figures" / f"{name}.png", figure) for name, figure in drawn}
+    ablations = {path.stem.removeprefix("ablation_"): load_table(path) for path in sorted((DATA / "studies").glob("ablation_*.csv"))}
+    page = render(params, metrics, certificates, histories, tables, pictures, pngs, benchmarks, ablations)
+    write_bytes(REPORTS / "index.html", page.encode())
 
 
 if __name__ == "__main__":

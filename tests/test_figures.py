@@ -1,7 +1,6 @@
 """Every figure is drawn from small real inputs, and the page carries them."""
 
 import dataclasses
-import re
 from typing import Any
 
 import matplotlib.image
@@ -14,7 +13,6 @@ from gbc.evaluation import evaluate
 from gbc.figures import draw, fig_images, paper_network, save_figure
 from gbc.generator import Generator
 from gbc.homogeneity import estimate, scaling_table
-from gbc.page import certificate, render
 from gbc.params import LambdaParams
 
 
@@ -31,7 +29,7 @@ def toy(known: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return metrics | {"oracle_residual": 0.1}, {key: value.numpy() for key, value in pictures.items()}
 
 
-def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
+def test_every_figure_of_the_report_is_drawn(tmp_path):
     names = ["toy", "toy_1", "toy_2", "toy_pair", "mnist", "celeba_Male"]
     metrics, pictures = {}, {}
     for name in names[:4]:
@@ -66,23 +64,10 @@ def test_every_figure_of_the_report_is_drawn_and_inlined(tmp_path):
     )
     paper = ["fig2_duality", "fig3_lambda", "fig4_toy", "fig5_toy_pair", "fig6_mnist", "fig7_celeba_Male"]
     assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "film", "ssim_distribution"]
-    pngs = {}
     for name, figure in figures.items():
-        pngs[name] = save_figure(tmp_path / name, figure)
-        assert pngs[name] == (tmp_path / name).read_bytes()
+        assert save_figure(tmp_path / name, figure) == (tmp_path / name).read_bytes()
     assert "largest relative difference below 1e-12" in figures["fig3_lambda"].axes[0].get_title()
     assert "largest relative difference 2.5e-10" in figures["fig3_lambda"].axes[1].get_title()
-    everywhere = {"residual": 0.3, "heldout_residual": 0.9, "cosine": 0.95, "groups": {"0.weight": 0.3}}
-    oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}
-    oracle |= {"smallest_margin": 2.0, "log_loss": -3.0, "heldout_accuracy": None}
-    speed = {"kkt_step": {"threads": 2, "torch": "2", "speedup_eager": 1.25, "batch_norm": {"speedup_eager": 1.375}}}
-    page = render(metrics, {"net": certificate("homogeneous", homogeneity, oracle)}, speed, pngs)
-    assert re.search(r"batch_norm.speedup_eager</td>\s*<td>1.38", page)
-    assert "1 on 2.bias" in page  # Λ of the paper's network: 1 on its last bias
-    assert "1 of 2" in page
-    assert page.count("data:image/png;base64,") == len(figures)
-    assert "mnist: held_out" in page
-    assert "attribute Male" in page
 
 
 def test_odd_rows_are_generated_and_every_class_has_columns_of_its_own(tmp_path):

@@ -1,0 +1,135 @@
+"""The report's tables, and the committed page in a real browser, on a phone and on a desktop, by day and by night."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gbc import page as report
+from gbc.figures import paper_network
+from gbc.homogeneity import estimate
+from gbc.params import LambdaParams
+from tests.tiny import ROOT
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install gbc[dev]")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs pip install gbc[dev]")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+PAGE = ROOT / "reports/index.html"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM:
+        pytest.skip("needs Chromium (Debian's package chromium)")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=[(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")], ids=lambda case: f"{case[0]}-{case[1]}")
+def page(request: pytest.FixtureRequest, browser: Any) -> Iterator[Any]:
+    """The report without a network; in the end nothing was asked of it, and the console has no error."""
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme, offline=True)
+    opened, trouble = context.new_page(), []
+    opened.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
+    opened.on("pageerror", lambda error: trouble.append(str(error)))
+    opened.on("request", lambda asked: None if asked.url.startswith(("file:", "data:")) else trouble.append(asked.url))
+    opened.goto(PAGE.as_uri())
+    yield opened
+    assert trouble == []
+    if folder := os.environ.get("SCREENSHOTS"):
+        opened.screenshot(path=f"{folder}/{width}-{scheme}.png", full_page=True)
+    context.close()
+
+
+def test_a_pair_has_the_label_and_the_similarity_of_its_sample():
+    best = pd.DataFrame({"images": ["train"] * 2 + ["generated"] * 7, "ssim": [0.9, 0.9, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]})
+    tiles = np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((1, 3, 3), dtype=np.uint8)
+    found = report.pairs({"generated": tiles, "nearest": tiles}, best, [3, 8])  # 4 samples of class 3, then 3 of class 8
+    assert [pair["text"] for pair in found] == ["class 3, SSIM 0.10", "class 3, SSIM 0.20", "class 8, SSIM 0.50", "class 8, SSIM 0.60"]
+
+
+def test_the_certificate_names_where_lambda_is_largest():
+    homogeneity = estimate(paper_network(), (2,), LambdaParams(8, 8), torch.Generator().manual_seed(0))
+    everywhere = {"residual": 0.3, "heldout_residual": 0.9, "cosine": 0.95, "groups": {"0.weight": 0.3}}
+    oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True, False]}
+    oracle |= {"smallest_margin": 2.0, "log_loss": -3.0, "heldout_accuracy": None}
+    row = report.certify_table({"net": report.certificate("homogeneous", homogeneity, oracle)}).loc["net"]
+    assert row["λ on Z₁"] == "1 on 2.bias"  # of the paper's network: its last bias
+    assert row["active"] == "1 of 2"
+
+
+def test_an_ablation_is_shown_as_means_over_seeds():
+    table = pd.DataFrame(
+        {"variant": ["b", "a", "b"], "seed": [0, 0, 1], "train_control_auc": [0.5, 0.9, 0.7], "recall_ratio": [1.0, 3.0, 2.0]}
+    )
+    shown = report.ablation_table(table)
+    assert list(shown.index) == ["b", "a"]
+    assert shown.loc["b"].to_dict() == pytest.approx({"recall ratio": 1.5, "train/control AUC": 0.6, "±": 0.02**0.5})
+
+
+def test_what_fails_is_said_in_numbers():
+    mean = {"class_mean": {"train_control_auc": 0.6}}
+    images = {"accuracy_on_generated": 1.0, "train_control_auc": 0.62, "baselines": mean, "kkt_residual": 0.2, "recall_50": 0.8}
+    lines = report.failures(
+        {
+            "toy": {"points_hit": 16, "points_active": 18},
+            "whole": {"points_hit": 18, "points_active": 18},
+            "faces": images,
+            "mnist": images | {"train_control_auc": 0.7},
+            "letter": images | {"accuracy_on_generated": 0.2, "kkt_residual": 1.0},
+        }
+    )
+    assert lines == [
+        "toy misses 2 of 18 training points.",
+        "faces gives away no more than its class means do: AUC 0.62 and 0.60.",
+        "mnist: 20% of the training images are not reproduced above SSIM 0.5.",
+        "letter does not make images of the classes asked for: its residual stays at 1.00.",
+    ]
+
+
+def test_every_image_loads_and_says_what_it_shows(page: Any):
+    images = page.eval_on_selector_all("main img", "all => all.map(image => [image.naturalWidth, image.alt])")
+    assert len(images) > 100
+    assert all(width > 0 and alt for width, alt in images)
+
+
+def test_the_page_does_not_scroll_sideways(page: Any):
+    assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_a_click_enlarges_an_image_beside_its_nearest_neighbour(page: Any):
+    buttons = page.locator("#mnist ~ .pairs button")
+    first, second = (buttons.nth(k).get_attribute("data-pair") for k in (0, 1))
+    dialog = page.locator("dialog")
+    assert not dialog.is_visible()
+    buttons.first.click()
+    assert first in dialog.locator("h2").inner_text()
+    sources = dialog.locator("img").evaluate_all("all => all.map(image => image.src)")
+    assert sources == buttons.first.locator("img").evaluate_all("all => all.map(image => image.src)")
+    assert dialog.locator("img").first.bounding_box()["width"] > 100
+    page.keyboard.press("ArrowRight")
+    assert second in dialog.locator("h2").inner_text()
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+
+
+def test_axe_finds_no_barrier(page: Any):
+    page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+    page.locator("[data-pair]").first.click()
+    found = axe.Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
+
+
+def test_the_page_is_not_heavy():
+    assert PAGE.stat().st_size < 8 * 2**20
