@@ -13,6 +13,7 @@ import pandas as pd
 from markupsafe import Markup
 from PIL import Image
 
+from gbc.artifacts import load_json
 from gbc.homogeneity import Homogeneity
 from gbc.params import Params
 
@@ -213,6 +214,12 @@ def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
     return means.rename(columns=SCORES)
 
 
+def summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The scores of the generators of images, as a table in Markdown."""
+    scores = {name: values for name, values in metrics.items() if "baselines" in values}
+    return pd.DataFrame(scores).T.filter(list(SCORES)).astype(float).rename(columns=SCORES).to_markdown(floatfmt=".3g")
+
+
 def beside(values: Mapping[str, Any]) -> pd.DataFrame:
     """A generator's scores and its baselines', one in every row."""
     table = pd.DataFrame({"generated": values, **values["baselines"]}).T.filter(list(SHARED)).astype(float)
@@ -273,3 +280,7 @@ def render(
         fails=failures(metrics),
         benchmarks=benchmarks_table(benchmarks),
     )
+
+
+if __name__ == "__main__":
+    print(summary(load_json(Path("reports/metrics.json"))))

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,6 +66,22 @@ def test_a_clone_without_the_local_remote_rebuilds_the_report_from_git_alone(pro
 
 
 @pytest.mark.slow
+def test_ci_redraws_the_report_and_refuses_another(project: Path, tmp_path: Path):
+    alone = clone(project, tmp_path / "apart/ci")
+    command = ["env", f"GITHUB_STEP_SUMMARY={tmp_path / 'summary'}", ".ci/report"]
+    run(*command, cwd=alone)
+    summary = (tmp_path / "summary").read_text()
+    assert "train/control AUC" in summary
+    assert "| faces" in summary
+    page = alone / "reports/index.html"
+    page.write_text(page.read_text().replace("Generator Born", "Generator, born"))
+    run("git", "commit", "-qam", "by hand", cwd=alone)
+    done = run(*command, cwd=alone, check=False)
+    assert done.returncode != 0
+    assert "index.html" in done.stdout
+
+
+@pytest.mark.slow
 def test_an_experiment_with_another_beta_runs_only_generators_and_what_follows(project: Path):
     other = clone(project, project.parent / "experiment")
     run("dvc", "pull", "-q", cwd=other)
@@ -81,6 +98,28 @@ def test_an_experiment_with_another_beta_runs_only_generators_and_what_follows(p
     assert set(stages_run(done)) == expected
     assert "half" in run("dvc", "exp", "show", "--csv", cwd=other).stdout
     assert "kkt_residual" in run("dvc", "metrics", "diff", cwd=other).stdout
+
+
+@pytest.mark.slow
+def test_a_queued_sweep_ends_with_an_experiment_for_every_value(project: Path):
+    other = clone(project, project.parent / "sweep")
+    run("dvc", "pull", "-q", cwd=other)
+    values = [0.5, 5.0, 100.0, 500.0]
+    run("dvc", "exp", "run", "--queue", "-S", f"beta={','.join(map(str, values))}", cwd=other)
+    run("dvc", "queue", "start", "-j", "2", cwd=other)
+    try:
+        for _ in range(600):
+            status = run("dvc", "queue", "status", cwd=other).stdout
+            if not re.search("Queued|Running", status):
+                break
+            time.sleep(1)
+    finally:
+        run("dvc", "queue", "stop", "--kill", cwd=other, check=False)
+    assert status.count("Success") == len(values), status
+    shown = json.loads(run("dvc", "exp", "show", "--json", cwd=other).stdout)
+    head = next(row for row in shown if row["rev"] != "workspace")
+    betas = [part["revs"][0]["data"]["params"]["params.yaml"]["data"]["beta"] for part in head["experiments"]]
+    assert sorted(betas) == values
 
 
 @pytest.fixture(scope="module")

@@ -56,10 +56,13 @@ def evidence(folder: Path) -> list[str]:
 
 
 def clone(origin: Path, folder: Path) -> Path:
-    """A clone of `origin` at `folder` that can commit."""
+    """A clone of `origin` at `folder` that can commit, and for which make finds this environment up to date."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     run("git", "clone", "-q", str(origin), str(folder), cwd=folder.parent)
     identify(folder)
+    (folder / ".venv").symlink_to(sys.prefix)
+    for name in ("pyproject.toml", "constraints.txt"):
+        os.utime(folder / name, (0, 0))
     return folder
 
 

@@ -1,0 +1,67 @@
+"""Write a generator as generator.pt2 (torch.export) and generator.onnx: python -m gbc.export data/generators/mnist --out exported.
+
+Both take epsilon [batch, noise] float32, y [batch] int64 and t [batch] int64, for any batch, and give the samples [batch, *output_shape].
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+from gbc.params import InputError
+
+
+def export(artifact: Path, folder: Path) -> None:
+    """Write the generator in folder `artifact`, in evaluation mode, to `folder`.
+
+    Raises `InputError` if there is no generator, or if a package that ONNX needs is missing; generator.pt2 is written all the same.
+    """
+    import torch
+    from torch import Tensor, nn
+
+    from gbc.artifacts import load_network, write_bytes
+    from gbc.generator import Generator
+
+    class Exported(nn.Module):
+        """g(ε, y, t); ONNX has no searchsorted, so that the one-hot codes of known y and t are comparisons."""
+
+        def __init__(self, generator: Generator):
+            super().__init__()
+            self.generator = generator
+
+        def forward(self, epsilon: Tensor, y: Tensor, t: Tensor) -> Tensor:
+            label = y[:, None] == self.generator.labels
+            index = t[:, None] == torch.arange(len(self.generator.known))
+            return self.generator.layers(torch.cat([epsilon, label.float(), index.float()], 1)).reshape(-1, *self.generator.output_shape)
+
+    generator = load_network(artifact, Generator).requires_grad_(False)
+    y = generator.labels[[0, 0]]
+    arguments = (torch.zeros(2, generator.noise), y, torch.zeros_like(y))
+    program = torch.export.export(Exported(generator).eval(), arguments, dynamic_shapes=({0: torch.export.Dim("batch")},) * 3)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # this machine's paths
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    write_bytes(folder / "generator.pt2", content.getvalue())
+    try:
+        onnx = torch.onnx.export(program, dynamic_shapes=({0: "batch"}, None, None), dynamo=True, verbose=False, output_names=["samples"])
+    except ImportError as error:
+        raise InputError(f"generator.onnx is not written, it needs {error.name}: pip install 'gbc[export]'") from error
+    assert onnx is not None
+    write_bytes(folder / "generator.onnx", onnx.model_proto.SerializeToString())
+
+
+def main() -> None:
+    """The command; bad input ends in one line on stderr and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m gbc.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, help="folder with architecture.json and weights.safetensors")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the two files to")
+    arguments = parser.parse_args()
+    try:
+        export(arguments.artifact, arguments.out)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
