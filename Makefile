@@ -47,7 +47,7 @@ ablation: $(VENV)/installed
 
 # The round trip through real S3, SSH and WebDAV servers, started by the tests.
 test-remotes: $(VENV)/installed
-	pytest -v tests/test_remotes.py
+	pytest -v -m 'remotes or slow' tests/test_remotes.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -252,6 +252,16 @@ def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def search_importance(studies: Mapping[str, pd.DataFrame]) -> Figure:
+    """Every parameter's share in the spread of a search's results; a panel for each search."""
+    figure, panels = _panels(len(studies), 4.5, 2)
+    for axes, (name, table) in zip(panels, studies.items(), strict=True):
+        axes.barh(table["parameter"].str.removeprefix("train_single.").str.removeprefix("train_multi."), table["importance"])
+        axes.invert_yaxis()
+        axes.set(xlabel="importance", title=name)
+    return figure
+
+
 IMAGE_FIGURES = {"mnist": "fig6_mnist", "faces": "fig7_faces", "mnist_pair": "fig8_mnist_pair"}
 
 
@@ -264,8 +274,9 @@ def draw(
     scalings: Mapping[str, pd.DataFrame],
     descents: Mapping[str, pd.DataFrame],
     classes: Mapping[str, int],
+    studies: Mapping[str, pd.DataFrame],
 ) -> dict[str, Figure]:
-    """Every figure of the report, by file name; the paper's first. All mappings are by generator or classifier name."""
+    """Every figure of the report, by file name; the paper's first. All mappings are by generator or classifier name, `studies` by file."""
     figures = {
         "fig2_duality": fig2_duality(),
         "fig3_lambda": fig3_lambda(scalings, {name: lam.violation for name, lam in lambdas.items()}),
@@ -285,4 +296,6 @@ def draw(
     if images:
         figures["film"] = film_strips({name: pictures[name] for name in images})
         figures["ssim_distribution"] = ssim_distribution({name: tables[name] for name in images})
+    if searches := {name.removeprefix("search_"): table for name, table in studies.items() if name.startswith("search_")}:
+        figures["search_importance"] = search_importance(searches)
     return figures

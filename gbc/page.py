@@ -46,6 +46,8 @@ CAPTIONS = {
     "loss_curves": "Training. Stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
     "images reach with the best multipliers. Duality is in units of the margin asked for.",
     "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares.",
+    "search_importance": "Random search: each parameter's share in the spread of the KKT violation that trainings ended with (fANOVA). Made by "
+    "python -m stages.search, not by the pipeline.",
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
 }
@@ -235,7 +237,7 @@ def render(
     pictures: Mapping[str, Mapping[str, np.ndarray]],
     figures: Mapping[str, bytes],
     benchmarks: Mapping[str, Mapping[str, Any]],
-    ablations: Mapping[str, pd.DataFrame],
+    studies: Mapping[str, pd.DataFrame],
 ) -> str:
     """The page. All mappings are by generator, classifier, figure or study."""
     metrics = dict(sorted(metrics.items(), key=lambda item: [*ABOUT, item[0]].index(item[0])))
@@ -264,6 +266,7 @@ def render(
             "train/control AUC of mnist; 0.5 would give nothing away": f"{best['train_control_auc']:.2f}",
             "of its training images are above SSIM 0.6 more than of images never seen": f"{best['leak_60']:.0%}",
         }
+    ablations = {name.removeprefix("ablation_"): table for name, table in studies.items() if name.startswith("ablation_")}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"png": data_uri, "rows": rows}
     return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(

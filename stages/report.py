@@ -29,10 +29,10 @@ def main(params: Params) -> None:
     certificates = {name: certificate(params.pretrain[name].architecture, lambdas[name], oracles[name]) for name in params.pretrain}
     save_json(REPORTS / "metrics.json", metrics | {"certify": certificates})
     benchmarks = {path.stem: load_json(path) for path in sorted((DATA / "benchmarks").glob("*.json"))}
-    drawn = draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes).items()
+    studies = {path.stem: load_table(path) for path in sorted((DATA / "studies").glob("*.csv"))}
+    drawn = draw(metrics, pictures, tables, histories, lambdas, scalings, descents, classes, studies).items()
     pngs = {name: save_figure(REPORTS / "figures" / f"{name}.png", figure) for name, figure in drawn}
-    ablations = {path.stem.removeprefix("ablation_"): load_table(path) for path in sorted((DATA / "studies").glob("ablation_*.csv"))}
-    page = render(params, metrics, certificates, histories, tables, pictures, pngs, benchmarks, ablations)
+    page = render(params, metrics, certificates, histories, tables, pictures, pngs, benchmarks, studies)
     write_bytes(REPORTS / "index.html", page.encode())
 
 

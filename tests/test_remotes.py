@@ -126,7 +126,7 @@ def joined(origin: Path, folder: Path, options: Options) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SERVERS)
+@pytest.mark.parametrize("kind", ["s3", pytest.param("ssh", marks=pytest.mark.remotes), pytest.param("webdav", marks=pytest.mark.remotes)])
 def test_results_and_experiments_make_the_round_trip(kind: str, project: Path, tmp_path: Path):
     serve, there, reason = SERVERS[kind]
     if not there:
