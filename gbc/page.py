@@ -210,9 +210,9 @@ def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> pd.DataFram
 
 def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds of every variant's scores, in the order of the file, and the standard deviation of the AUC."""
-    by = table.groupby("variant", sort=False)
-    means = by[[key for key in SCORES if key in table and key != "seconds"]].mean()
-    means.insert(list(means).index("train_control_auc") + 1, "±", by["train_control_auc"].std())
+    shown = [key for key in SCORES if key in table and key != "seconds"]
+    means = pd.DataFrame({key: table.groupby("variant", sort=False)[key].mean() for key in shown})
+    means.insert(shown.index("train_control_auc") + 1, "±", table.groupby("variant")["train_control_auc"].std())
     return means.rename(columns=SCORES)
 
 

@@ -107,11 +107,10 @@ def test_a_queued_sweep_ends_with_an_experiment_for_every_value(project: Path):
     values = [0.5, 5.0, 100.0, 500.0]
     run("dvc", "exp", "run", "--queue", "-S", f"beta={','.join(map(str, values))}", cwd=other)
     run("dvc", "queue", "start", "-j", "2", cwd=other)
+    deadline = time.monotonic() + 1200
     try:
-        for _ in range(600):
-            status = run("dvc", "queue", "status", cwd=other).stdout
-            if not re.search("Queued|Running", status):
-                break
+        while re.search("Queued|Running", status := run("dvc", "queue", "status", cwd=other).stdout):
+            assert time.monotonic() < deadline, status
             time.sleep(1)
     finally:
         run("dvc", "queue", "stop", "--kill", cwd=other, check=False)
