@@ -46,7 +46,7 @@ def export(artifact: Path, folder: Path) -> None:
     try:
         onnx = torch.onnx.export(program, dynamic_shapes=({0: "batch"}, None, None), dynamo=True, verbose=False, output_names=["samples"])
     except ImportError as error:
-        raise InputError(f"generator.onnx is not written, it needs {error.name}: pip install 'gbc[export]'") from error
+        raise InputError(f"generator.onnx is not written, it needs {error.name}: pip install -e '.[export]'") from error
     assert onnx is not None
     write_bytes(folder / "generator.onnx", onnx.model_proto.SerializeToString())
 

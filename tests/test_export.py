@@ -62,10 +62,10 @@ def test_torch_export_is_the_eager_generator(exported: tuple[Generator, Path], b
     torch.testing.assert_close(samples, g(*inputs(batch)), atol=1e-5, rtol=0, check_stride=False)
 
 
-@pytest.mark.skipif(not ONNX, reason="onnx and onnxscript are not installed: pip install 'gbc[export]'")
+@pytest.mark.skipif(not ONNX, reason="onnx and onnxscript are not installed: pip install -e '.[export]'")
 @pytest.mark.parametrize("batch", [1, 7])
 def test_onnx_is_the_eager_generator(exported: tuple[Generator, Path], batch: int):
-    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'gbc[export]'")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[export]'")
     g, folder = exported
     session = runtime.InferenceSession(folder / "generator.onnx")
     assert [(part.name, part.shape) for part in session.get_inputs()] == [("epsilon", ["batch", 3]), ("y", ["batch"]), ("t", ["batch"])]
@@ -92,7 +92,7 @@ def test_without_onnx_one_line_says_what_to_install(tmp_path: Path):
     code = "import sys; sys.modules['onnx'] = None; from gbc.export import main; main()"
     done = python("-c", code, "artifact", "--out", "out", cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr == "error: generator.onnx is not written, it needs onnx: pip install 'gbc[export]'\n"
+    assert done.stderr == "error: generator.onnx is not written, it needs onnx: pip install -e '.[export]'\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["generator.pt2"]
 
 

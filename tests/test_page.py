@@ -16,8 +16,8 @@ from gbc.homogeneity import estimate
 from gbc.params import LambdaParams
 from tests.tiny import ROOT
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install gbc[dev]")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs pip install gbc[dev]")
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[dev]'")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs pip install -e '.[dev]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 PAGE = ROOT / "reports/index.html"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]

