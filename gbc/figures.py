@@ -254,7 +254,7 @@ def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
 
 def search_importance(studies: Mapping[str, pd.DataFrame]) -> Figure:
     """Every parameter's share in the spread of a search's results; a panel for each search."""
-    figure, panels = _panels(len(studies), 4.5, 2)
+    figure, panels = _panels(len(studies), 4.5, min(2, len(studies)))
     for axes, (name, table) in zip(panels, studies.items(), strict=True):
         axes.barh(table["parameter"].str.removeprefix("train_single.").str.removeprefix("train_multi."), table["importance"])
         axes.invert_yaxis()

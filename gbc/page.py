@@ -121,8 +121,8 @@ def facts(params: Params, name: str, certificates: Mapping[str, Mapping[str, Any
         )
         found[f"Λ{of}"] = f"{max(known['lam'].values()):.3g} on {', '.join(group.removeprefix('layers.') for group in known['z1'])}"
         held_out = known["heldout_residual_all"]
-        beside = "" if held_out is None else f"; of images never seen {held_out:.3g}"
-        found[f"Oracle residual{of}"] = f"{known['oracle_residual_all']:.3g} of the training images{beside}"
+        others = "" if held_out is None else f"; of images never seen {held_out:.3g}"
+        found[f"Oracle residual{of}"] = f"{known['oracle_residual_all']:.3g} of the training images{others}"
         asked = math.exp(-history.loc[history["classifier"] == t, "alpha"].iloc[-1])
         smallest = known["smallest_margin"]
         found[f"Margin e^−α{of}"] = (
@@ -176,12 +176,12 @@ def certificate(architecture: str, homogeneity: Homogeneity, oracle: Mapping[str
 
 def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """A classifier in every row: its groups, Λ, the scaling check and the oracle residuals."""
-    rows = {}
+    table = {}
     for name, values in certificates.items():
         highest = max(values["lam"].values())
         where = "on " + ", ".join(group.removeprefix("layers.") for group in values["z1"])
         rest = {f"{value:.3g}" for group, value in values["lam"].items() if group not in values["z1"]}
-        rows[name] = {
+        table[name] = {
             "architecture": values["architecture"],
             "groups": len(values["lam"]),
             "polytope": values["polytope_dimension"],
@@ -196,7 +196,7 @@ def certify_table(certificates: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame
             "margin": values["smallest_margin"],
             "log-loss": values["log_loss"],
         }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return pd.DataFrame.from_dict(table, orient="index")
 
 
 def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
@@ -262,13 +262,13 @@ def render(
         best = metrics["mnist"]
         headline = {
             "of mnist's training images are reproduced above SSIM 0.5": f"{best['recall_50']:.0%}",
-            "of images of the same classes that the classifier never saw": f"{best['recall_50'] - best['leak_50']:.0%}",
+            "of images of the same classes that the classifier never saw are too": f"{best['recall_50'] - best['leak_50']:.0%}",
             "train/control AUC of mnist; 0.5 would give nothing away": f"{best['train_control_auc']:.2f}",
             "of its training images are above SSIM 0.6 more than of images never seen": f"{best['leak_60']:.0%}",
         }
     ablations = {name.removeprefix("ablation_"): table for name, table in studies.items() if name.startswith("ablation_")}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"png": data_uri, "rows": rows}
+    environment.filters |= {"uri": data_uri, "rows": rows}
     return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
         headline=headline,
         results=results,

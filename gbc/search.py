@@ -202,6 +202,8 @@ def search(params: Params, name: str, trials: int, study: optuna.Study, seed: in
     A killed trial is made again. Raises `InputError` if the study was begun with other parameters, what it needs is not committed
     or not in DVC's cache, or a training fails; the next search goes on with the next proposal.
     """
+    if seed < 0:
+        raise InputError(f"--seed {seed} is less than 0")
     run("git", "diff", "--quiet", "HEAD", "--", *USED, failure=f"the search tries the last commit: commit changes of {', '.join(USED)}")
     commit, task = run("git", "rev-parse", "HEAD"), entry(params.train, name)
     common = {"search seed": seed, "beta": params.beta, "seed": params.seed, "steps": params.steps}

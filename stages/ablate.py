@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gbc.params import Params, entry, run_stage
+from gbc.params import InputError, Params, entry, run_stage
 
 SEEDS = 3
 
@@ -14,9 +14,11 @@ def main(params: Params, name: str) -> None:
     from gbc.ablation import ablate
     from gbc.artifacts import load_table, save_table
 
-    entry(params.train_single, name)
+    task = entry(params.train_single, name)
     path = Path(f"data/studies/ablation_{name}.csv")
     rows = load_table(path).to_dict("records") if path.is_file() else []
+    if any(row["variant"] == "all terms" and row["steps"] != max(1, round(params.steps * task.length)) for row in rows):
+        raise InputError(f"{path} has trainings of another length; delete it, or set steps as they were")
     for seed in range(params.seed, params.seed + SEEDS):
         for row in ablate(params, name, seed, {row["variant"] for row in rows if row["seed"] == seed}):
             rows.append(row)

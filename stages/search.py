@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 
-from gbc.params import InputError, load_params
+from gbc.params import InputError, entry, load_params
 
 
 def main() -> None:
@@ -22,18 +22,17 @@ def main() -> None:
         try:
             from gbc.search import apply, best, open_study, search
         except ImportError as error:
-            raise InputError(f"{error}; the search needs Optuna: pip install 'optuna>=5'") from error
+            raise InputError(f"{error}; the search needs Optuna: pip install -e '.[search]'") from error
         params = load_params([])
+        entry(params.train, given.name)
         title = given.study or given.name
         study = open_study(title, given.storage or f"sqlite:///data/search/{title}.db")
         if given.apply:
             return apply(study)
         search(params, given.name, given.trials, study, given.seed)
         print(f"best: {best(study).user_attrs['experiment']}, KKT violation {best(study).value:.4g}; --apply applies it")
-    except InputError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("error: interrupted; the same command goes on")
+    except (InputError, KeyboardInterrupt) as error:
+        sys.exit(f"error: {str(error) or 'interrupted; the same command goes on'}")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,18 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def serving(command: list[str], port: int, log: Path) -> Iterator[None]:
     """The server, from the time that it answers on its port."""
     with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as server:
         try:
             deadline = time.monotonic() + 60
-            while socket.socket().connect_ex(("127.0.0.1", port)):
+            while not answers(port):
                 assert server.poll() is None, f"{command}\n{log.read_text()}"
                 assert time.monotonic() < deadline, f"{command}: no answer\n{log.read_text()}"
                 time.sleep(0.1)
@@ -117,7 +122,7 @@ SERVERS: dict[str, tuple[Callable[..., object], bool, str]] = {
 
 
 def joined(origin: Path, folder: Path, options: Options) -> Path:
-    """A clone whose default remote is the server, set in the file that git ignores, as the README says."""
+    """A clone whose default remote is the server, set in the file that git ignores, as docs/workflow.md says."""
     copy = clone(origin, folder)
     run("dvc", "remote", "add", "--local", "--default", "shared", options["url"], cwd=copy)
     for name, value in options.items():
