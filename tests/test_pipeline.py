@@ -32,7 +32,7 @@ def test_the_report_is_whole_and_opens_offline(project: Path):
     figures = {path.stem for path in (project / "reports/figures").iterdir()}
     assert {"fig2_duality", "fig3_lambda", "fig7_faces", "loss_curves", "ssim_distribution"} <= figures
     page = (project / "reports/index.html").read_text()
-    assert page.count("data-pair=") == 60
+    assert page.count("data-pair=") == 40  # every sample of faces
     assert not re.search(r"""(src|href)=["']?(https?:|//|[\w./]+\.(png|css|js))""", page)
 
 
