@@ -78,7 +78,7 @@ def test_ci_redraws_the_report_and_refuses_another(project: Path, tmp_path: Path
     run("git", "commit", "-qam", "by hand", cwd=alone)
     done = run(*command, cwd=alone, check=False)
     assert done.returncode != 0
-    assert "index.html" in done.stdout
+    assert "Running stage 'report'" in done.stdout  # the page is not what dvc.lock says
 
 
 @pytest.mark.slow
