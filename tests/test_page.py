@@ -13,7 +13,7 @@ import torch
 from gbc import page as report
 from gbc.figures import paper_network
 from gbc.homogeneity import estimate
-from gbc.params import LambdaParams
+from gbc.params import LambdaParams, load_params
 from tests.tiny import ROOT
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install -e '.[dev]'")
@@ -94,6 +94,36 @@ def test_what_fails_is_said_in_numbers():
         "mnist: 20% of the training images are not reproduced above SSIM 0.5.",
         "letter does not make images of the classes asked for: its residual stays at 1.00.",
     ]
+
+
+def test_the_page_holds_all_it_is_given_in_one_file():
+    homogeneity = estimate(paper_network(), (2,), LambdaParams(8, 8), torch.Generator().manual_seed(0))
+    everywhere = {"residual": 0.3, "heldout_residual": None, "cosine": 0.95, "groups": {}}
+    oracle = {"residual": 0.2, "heldout_residual": None, "everywhere": everywhere, "active": [True], "smallest_margin": 2.0}
+    certificate = report.certificate("homogeneous", homogeneity, oracle | {"log_loss": -3.0, "heldout_accuracy": None})
+    shared = dict.fromkeys(report.SHARED, 0.5)
+    images = dict.fromkeys(report.SCORES, 0.75) | shared | {"recall_50": 0.5, "leak_50": 0.25}
+    metrics = {"toy": dict.fromkeys(report.POINTS, 1.0), "mnist": images | {"baselines": dict.fromkeys(report.BASELINES, shared)}}
+    tiles = np.zeros((60, 4, 4), dtype=np.uint8)
+    best = pd.DataFrame({"images": ["generated"] * 60, "ssim": np.linspace(0, 1, 60)})
+    page = report.render(
+        load_params([]),
+        metrics,
+        {"toy": certificate, "mnist": certificate},
+        dict.fromkeys(metrics, pd.DataFrame({"classifier": [0], "alpha": [-np.log(2.1)]})),
+        {"mnist": best},
+        {"mnist": {"generated": tiles, "nearest": tiles}},
+        {name: report.png(tiles[0]) for name in report.CAPTIONS},
+        {"kkt_step": {"threads": 2, "torch": "2", "speedup_eager": 1.25, "batch_norm": {"speedup_eager": 1.375}}},
+        {"ablation_mnist": pd.DataFrame({"variant": ["all terms"], "seed": [0], "train_control_auc": [0.8125], "recall_ratio": [1.0]})},
+    )
+    assert page.count("data-pair=") == 60
+    assert page.index('id="mnist"') < page.index('id="toy"')
+    assert "the classifier&#39;s smallest training margin is 2 (+5.0%)" in page
+    assert "batch_norm.speedup_eager" in page
+    assert "0.812" in page
+    assert "| mnist" in report.summary(metrics)
+    assert "toy" not in report.summary(metrics)
 
 
 def test_every_image_loads_and_says_what_it_shows(page: Any):
