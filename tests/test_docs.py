@@ -1,6 +1,5 @@
 """Every command of the README and of docs/ works as written, in a new clone of a pipeline of tiny tasks."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT, clone, run
+from tests.tiny import ROOT, clone, environment, run
 
 DOCUMENTS = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
 
@@ -29,12 +28,11 @@ def test_every_command_works_as_written(document: str, project: Path, tmp_path: 
     for block in blocks(document):
         script.append(f"python - <<'PYTHON'\n{block}PYTHON\n" if block.startswith("import ") else block)
     assert len(script) > 2
-    path = f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"
     try:
         done = subprocess.run(
             ["bash", "-euxo", "pipefail", "-c", "".join(script)],
             cwd=folder,
-            env=os.environ | {"PATH": path},
+            env=environment(),
             capture_output=True,
             text=True,
         )

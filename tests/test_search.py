@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from gbc.params import InputError, load_params
-from tests.tiny import ROOT, clone, run
+from tests.tiny import ROOT, clone, environment, run
 
 optuna = pytest.importorskip("optuna")
 search = pytest.importorskip("gbc.search")
@@ -99,11 +99,10 @@ def test_a_storage_that_cannot_be_used_ends_in_one_line():
 
 def command(folder: Path, trials: int) -> "subprocess.Popen[str]":
     """A search, in a process group of its own."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         [sys.executable, "-m", "stages.search", "toy_1", "--trials", str(trials)],
         cwd=folder,
-        env=os.environ | {"PATH": path},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

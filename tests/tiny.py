@@ -20,10 +20,14 @@ TASKS = {
 }
 
 
+def environment() -> dict[str, str]:
+    """Variables of a command that finds this environment's programs first."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def run(*command: str, cwd: Path, check: bool = True) -> Run:
-    """Run a command with this environment's programs first in PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=cwd, env=os.environ | {"PATH": path}, capture_output=True, text=True)
+    """Run a command in this environment."""
+    done = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True)
     assert not check or done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done
 
