@@ -4,13 +4,16 @@ Tensors are safetensors without metadata, tables are CSV, everything else is JSO
 contents are equal bytes and DVC's hashes mean what they say.
 """
 
+import io
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import pandas as pd
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as serialize_tensors
@@ -93,6 +96,13 @@ def load_network(folder: Path, kind: type[N]) -> N:
 def _tuples(value: Any) -> Any:
     """JSON's lists as tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def png(image: np.ndarray) -> bytes:
+    """An image [height, width] or [channels, height, width] of bytes as a PNG file."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.moveaxis(image, 0, -1) if image.ndim == 3 else image).save(buffer, format="png")
+    return buffer.getvalue()
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:

@@ -262,6 +262,27 @@ def search_importance(studies: Mapping[str, pd.DataFrame]) -> Figure:
     return figure
 
 
+def scaling(studies: Mapping[str, pd.DataFrame]) -> Figure:
+    """Recall and AUC against the number of training images, and against weights per pixel of them; means and deviations over seeds."""
+    figure = Figure(figsize=(9, 5.6 * len(studies)), layout="constrained")
+    panels = iter(figure.subplots(2 * len(studies), 2, sharey="row"))
+    for name, table in studies.items():
+        varied = table["images"].isin(table.loc[table["width"] != 1, "images"])
+        for score, text in (("recall_ratio", "recall ratio"), ("train_control_auc", "train/control AUC")):
+            left, right = next(panels)
+            for label, part, color in zip(
+                ("more images", "wider classifier"), (table[table["width"] == 1], table[varied]), sns.color_palette(), strict=False
+            ):
+                for axes, size in ((left, "images"), (right, "weights_per_pixel")):
+                    if len(set(part[size])) > 1:
+                        points = part.groupby(size)[score].agg(["mean", "std"]).reset_index()
+                        axes.errorbar(points[size], points["mean"], points["std"], marker="o", capsize=3, color=color, label=label)
+            left.set(xlabel="training images N", ylabel=text, xscale="log", title=name)
+            right.set(xlabel="weights per pixel of them, p/(dN)", xscale="log")
+            right.legend()
+    return figure
+
+
 IMAGE_FIGURES = {"mnist": "fig6_mnist", "faces": "fig7_faces", "mnist_pair": "fig8_mnist_pair"}
 
 
@@ -298,4 +319,6 @@ def draw(
         figures["ssim_distribution"] = ssim_distribution({name: tables[name] for name in images})
     if searches := {name.removeprefix("search_"): table for name, table in studies.items() if name.startswith("search_")}:
         figures["search_importance"] = search_importance(searches)
+    if sizes := {name.removeprefix("scaling_"): table for name, table in studies.items() if name.startswith("scaling_")}:
+        figures["scaling"] = scaling(sizes)
     return figures

@@ -1,7 +1,6 @@
 """The report's page: one HTML file that holds its pictures and needs no network. Its text and layout are in page.html."""
 
 import base64
-import io
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +10,8 @@ import jinja2
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
-from PIL import Image
 
-from gbc.artifacts import load_json
+from gbc.artifacts import load_json, png
 from gbc.homogeneity import Homogeneity
 from gbc.params import Params
 
@@ -48,6 +46,8 @@ CAPTIONS = {
     "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares.",
     "search_importance": "Random search: each parameter's share in the spread of the KKT violation that trainings ended with (fANOVA). Made by "
     "python -m stages.search, not by the pipeline.",
+    "scaling": "Size. What a generator recovers of more training images from the same classifier, and of as many from a wider or narrower one (three seeds, "
+    "mean and standard deviation, short trainings). On the right both against the weights that there are for every pixel of the training images.",
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
 }
@@ -86,13 +86,6 @@ def rows(table: pd.DataFrame, corner: str) -> Markup:
     """A table as HTML, three significant digits; `corner` says what the names of the rows are."""
     named = table.rename_axis(index=None, columns=corner)
     return Markup(named.to_html(float_format=lambda value: f"{value:.3g}", na_rep="", border=0))
-
-
-def png(image: np.ndarray) -> bytes:
-    """An image [height, width] or [channels, height, width] of bytes as a PNG file."""
-    buffer = io.BytesIO()
-    Image.fromarray(np.moveaxis(image, 0, -1) if image.ndim == 3 else image).save(buffer, format="png")
-    return buffer.getvalue()
 
 
 def pairs(pictures: Mapping[str, np.ndarray], best: pd.DataFrame, labels: list[int]) -> list[dict[str, Any]]:

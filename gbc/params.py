@@ -147,6 +147,10 @@ class Params:
         """Every generator, born from one classifier or several."""
         return self.train_single | self.train_multi
 
+    def training_steps(self, task: TrainParams) -> int:
+        """Steps that a generator is trained for, at least one."""
+        return max(1, round(self.steps * task.length))
+
 
 def _fill(kind: Any, value: Any, name: str, allowed: Mapping[str, Any]) -> Any:
     """`value` as a `kind`, a dataclass or an annotation of one of its fields; raises `InputError` with the full `name` of what is wrong."""

@@ -1,7 +1,6 @@
 """Draw images from a generator's folder, with no other file: python -m gbc.sample data/generators/mnist --label 3 --out grid.png."""
 
 import argparse
-import io
 import math
 import sys
 from pathlib import Path
@@ -44,10 +43,9 @@ def grid(artifact: Path, count: int, seed: int, label: int | None = None) -> byt
         raise InputError(f"count={count} is less than 1")
     if not 0 <= seed < 2**63:
         raise InputError(f"seed={seed} is not in [0, 2^63)")
-    from PIL import Image
     from torchvision.utils import make_grid
 
-    from gbc.artifacts import load_network
+    from gbc.artifacts import load_network, png
     from gbc.generator import Generator, to_uint8
 
     generator = load_network(artifact, Generator)
@@ -55,10 +53,7 @@ def grid(artifact: Path, count: int, seed: int, label: int | None = None) -> byt
     if len(shape) < 2 or math.prod(shape[:-2]) not in (1, 3):
         raise InputError(f"{artifact}: its samples have shape {list(shape)}; there are no images to draw")
     images = draw(generator, count, seed, label).reshape(count, -1, *shape[-2:])
-    pixels = to_uint8(make_grid(images, nrow=math.ceil(math.sqrt(count))))
-    png = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(png, format="png")
-    return png.getvalue()
+    return png(to_uint8(make_grid(images, nrow=math.ceil(math.sqrt(count)))).numpy())
 
 
 def main() -> None:
@@ -71,10 +66,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
     try:
-        png = grid(arguments.artifact, arguments.count, arguments.seed, arguments.label)
+        picture = grid(arguments.artifact, arguments.count, arguments.seed, arguments.label)
         from gbc.artifacts import write_bytes
 
-        write_bytes(arguments.out, png)
+        write_bytes(arguments.out, picture)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -36,7 +36,7 @@ class _Gate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, value_slope: Tensor, gate_slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (gate,) = ctx.saved_tensors
-        return (1 - gate).mul_(gate_slope).mul_(ctx.sharpness).add_(value_slope).mul_(gate), None
+        return gate_slope.addcmul(gate_slope, gate, value=-1).mul_(ctx.sharpness).add_(value_slope).mul_(gate), None
 
 
 class _Normalise(torch.autograd.Function):

@@ -125,7 +125,7 @@ def train(
     if any(task.batch // len(classifier.labels) * len(classifier.labels) % ranks() for classifier in classifiers):
         raise InputError(f"batch={task.batch} cannot be shared evenly between {ranks()} processes")
     rng = torch.Generator().manual_seed(params.seed)
-    shared, count = params.generator, max(1, round(params.steps * task.length))
+    shared, count = params.generator, params.training_steps(task)
     known = tuple(classifier.labels for classifier in classifiers)
     g = kind(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
     h = Multipliers(known, shape, shared.width, task.multiplier).initialise(rng)

@@ -2,27 +2,14 @@
 
 from pathlib import Path
 
-from gbc.params import InputError, Params, entry, run_stage
-
-SEEDS = 3
+from gbc.params import Params, run_stage
 
 
 def main(params: Params, name: str) -> None:
     """Datasets, classifiers and generators, all made anew → data/studies/ablation_<name>.csv; rows that are there are not made again."""
-    import pandas as pd
+    from gbc.studies import ablate, collect
 
-    from gbc.ablation import ablate
-    from gbc.artifacts import load_table, save_table
-
-    task = entry(params.train_single, name)
-    path = Path(f"data/studies/ablation_{name}.csv")
-    rows = load_table(path).to_dict("records") if path.is_file() else []
-    if any(row["variant"] == "all terms" and row["steps"] != max(1, round(params.steps * task.length)) for row in rows):
-        raise InputError(f"{path} has trainings of another length; delete it, or set steps as they were")
-    for seed in range(params.seed, params.seed + SEEDS):
-        for row in ablate(params, name, seed, {row["variant"] for row in rows if row["seed"] == seed}):
-            rows.append(row)
-            save_table(path, pd.DataFrame(rows))
+    collect(Path(f"data/studies/ablation_{name}.csv"), ablate, params, name)
 
 
 if __name__ == "__main__":

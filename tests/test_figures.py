@@ -52,6 +52,8 @@ def test_every_figure_of_the_report_is_drawn(tmp_path):
     )
     homogeneity = estimate(paper_network(), (2,), LambdaParams(8, 8), torch.Generator().manual_seed(0))
     scaling = scaling_table(paper_network(), (2,), homogeneity)
+    sizes = pd.DataFrame({"images": [100, 200, 200], "weights_per_pixel": [9.0, 4.5, 1.5], "width": [1.0, 1.0, 0.5]})
+    sizes = sizes.assign(recall_ratio=[1.0, 0.9, 0.8], train_control_auc=[0.9, 0.8, 0.7])
     figures = draw(
         metrics,
         pictures,
@@ -61,10 +63,14 @@ def test_every_figure_of_the_report_is_drawn(tmp_path):
         {"net": scaling},
         {"net": descent},
         {"mnist": 10, "celeba_Male": 2},
-        {"search_toy": pd.DataFrame({"parameter": ["beta", "train_single.toy.batch"], "importance": [0.8, 0.2]}), "ablation_toy": table},
+        {
+            "search_toy": pd.DataFrame({"parameter": ["beta", "train_single.toy.batch"], "importance": [0.8, 0.2]}),
+            "ablation_toy": table,
+            "scaling_mnist": sizes,
+        },
     )
     paper = ["fig2_duality", "fig3_lambda", "fig4_toy", "fig5_toy_pair", "fig6_mnist", "fig7_celeba_Male"]
-    assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "film", "ssim_distribution", "search_importance"]
+    assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "film", "ssim_distribution", "search_importance", "scaling"]
     for name, figure in figures.items():
         assert save_figure(tmp_path / name, figure) == (tmp_path / name).read_bytes()
     assert "largest relative difference below 1e-12" in figures["fig3_lambda"].axes[0].get_title()

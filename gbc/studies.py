@@ -1,0 +1,173 @@
+"""Studies of one task, everything made anew for each of several seeds: what every term of the loss is worth, and how size matters."""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from gbc.artifacts import load_table, save_table
+from gbc.classifier import Classifier
+from gbc.datasets import sample
+from gbc.evaluation import evaluate
+from gbc.generator import Generator
+from gbc.homogeneity import Homogeneity, estimate
+from gbc.params import InputError, Params, TrainParams, device, entry
+from gbc.pretraining import pretrain
+from gbc.training import Trained, train
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all terms": {},
+    "stationarity off": {"stationarity": 0.0},
+    "duality off": {"duality": 0.0},
+    "statistics off": {"statistics": 0.0},
+    "collapse off": {"collapse": 0.0},
+    "total variation off": {"total_variation": 0.0},
+    "smooth gate off": {"gate": 0.0},
+    "learned multipliers": {"multiplier": "relu"},
+    "duality and total variation alone": {"stationarity": 0.0, "statistics": 0.0, "collapse": 0.0},
+}
+PIXELS = "pixels instead of g"
+PIXEL_RATE, PROBE = 0.05, 20  # learning rate of pixels, and of h beside them; steps that tell how long one takes
+SIZES = [(10, 1.0), (20, 1.0), (50, 1.0), (100, 1.0), (20, 0.25), (20, 0.5), (20, 2.0)]  # images per class, relative width
+SEEDS = 3
+SCORES = [
+    "precision_ratio",
+    "recall_ratio",
+    "train_control_auc",
+    "leak_60",
+    "diversity_ratio",
+    "duplicates",
+    "accuracy_on_generated",
+    "student_accuracy",
+]
+
+
+class Pixels(Generator):
+    """No network: one free image for every anchor of every label, the sigmoid of its parameters (Haim et al. 2022, Buzaglo et al. 2023)."""
+
+    def initialise(self, rng: torch.Generator) -> "Pixels":
+        """Images of grey noise."""
+        self.layers = nn.Sequential()
+        self.raw = nn.Parameter(torch.randn(len(self.labels) * self.anchors, *self.output_shape, generator=rng))
+        return self
+
+    def forward(self, epsilon: Float[Tensor, "batch 1"], y: Int[Tensor, " batch"], t: Int[Tensor, " batch"]) -> Tensor:
+        """The images of these numbers."""
+        return self.raw[epsilon[:, 0].long()].sigmoid()
+
+    def perturb(self, anchor: Int[Tensor, " batch"], y: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch 1"]:
+        """The number of every image: there is no noise."""
+        return (torch.searchsorted(self.labels, y) * self.anchors + anchor)[:, None].to(self.raw)
+
+    @torch.no_grad()
+    def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
+        """All images and their labels."""
+        return self.raw.sigmoid(), self.labels.repeat_interleave(self.anchors)
+
+
+class Subject(NamedTuple):
+    """A classifier that a generator is to be born from, its Λ, and the dataset that scores what is born."""
+
+    data: Mapping[str, Tensor]
+    classifier: Classifier
+    homogeneity: Homogeneity
+
+
+def subject(params: Params, source: str) -> Subject:
+    """Draw the dataset of classifier `source`, train it, estimate its Λ; all with `params.seed`."""
+    data = sample(params.sample[source], params.seed)
+    torch.set_float32_matmul_precision("highest")
+    classifier, _, _ = pretrain(params.pretrain[source], data, params.seed, device(params))
+    rng = torch.Generator().manual_seed(params.seed)
+    return Subject(data, classifier, estimate(classifier, classifier.input_shape, params.estimate_lambda, rng))
+
+
+def born(params: Params, task: TrainParams, parent: Subject, kind: type[Generator] = Generator) -> Trained:
+    """Train a generator on a copy of the classifier."""
+    torch.set_float32_matmul_precision(task.matmul_precision)
+    return train(params, task, [copy.deepcopy(parent.classifier)], [parent.homogeneity], device(params), kind)
+
+
+def scored(params: Params, trained: Trained, parent: Subject, variant: str) -> dict[str, Any]:
+    """The row of a study."""
+    torch.set_float32_matmul_precision("highest")
+    network = copy.deepcopy(parent.classifier).cpu()
+    metrics, _, _ = evaluate(trained.generator.cpu(), [network], [parent.data], [[]], params.evaluate.samples, params.seed)
+    last = trained.history.iloc[-1]
+    return (
+        {"variant": variant, "seed": params.seed, "steps": int(last["step"]) + 1, "seconds": trained.seconds}
+        | {key: metrics[key] for key in SCORES}
+        | {"kkt_residual": last["stationarity"]}
+    )
+
+
+def ablate(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
+    """A row of scores for every variant of generator `name` that is not `known`.
+
+    Variants that would repeat another are left out. Pixels get about as many seconds as the generator with all terms.
+    """
+    task = params.train_single[name]
+    variants = {variant: dataclasses.replace(task, **changes) for variant, changes in VARIANTS.items()}
+    settings = list(variants.values())
+    variants = {variant: changed for k, (variant, changed) in enumerate(variants.items()) if changed not in settings[:k]}
+    if variants.keys() | {PIXELS} <= known:
+        return
+    parent = subject(params, task.classifiers[0])
+    for variant, changed in variants.items():
+        if variant not in known:
+            yield scored(params, born(params, changed, parent), parent, variant)
+    if PIXELS not in known:
+        quick = dataclasses.replace(params, generator=dataclasses.replace(params.generator, learning_rate=PIXEL_RATE))
+        probe = dataclasses.replace(quick, steps=round(PROBE / task.length))
+        steps = params.steps * born(probe, task, parent).seconds / born(probe, task, parent, Pixels).seconds
+        yield scored(params, born(dataclasses.replace(quick, steps=round(steps)), task, parent, Pixels), parent, PIXELS)
+
+
+def scale(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
+    """A row of scores for every size that is not `known`: images per class N / classes, or the classifier's hidden widths.
+
+    Batch and anchors keep pace with the images. Each row adds the number of images N, and p/(dN), weights per pixel of them.
+    """
+    task = params.train_single[name]
+    source = task.classifiers[0]
+    drawn, net = params.sample[source], params.pretrain[source]
+    for images, factor in SIZES:
+        variant = f"{images} per class, width × {factor:g}"
+        if variant in known:
+            continue
+        hidden = [max(1, round(factor * width)) for width in net.hidden]
+        sized = dataclasses.replace(
+            params,
+            sample={source: dataclasses.replace(drawn, per_class=images)},
+            pretrain={source: dataclasses.replace(net, hidden=hidden)},
+        )
+        parent = subject(sized, source)
+        total = images * len(drawn.classes)
+        trained = born(sized, dataclasses.replace(task, anchors=images, batch=total), parent)
+        weights = sum(part.numel() for part in parent.classifier.parameters())
+        size = {"images": total, "weights_per_pixel": weights / (total * math.prod(parent.classifier.input_shape)), "width": factor}
+        yield scored(sized, trained, parent, variant) | size
+
+
+def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[str, Any]]], params: Params, name: str) -> None:
+    """Add the rows of a study of generator `name` to a table, over `SEEDS` seeds from `params.seed` on; those that are there are kept.
+
+    Raises `InputError` if the task makes points, or the table has trainings of another length.
+    """
+    task = entry(params.train_single, name)
+    if params.sample[task.classifiers[0]].source == "circle":
+        raise InputError(f"{name} makes points; a study scores images")
+    rows = load_table(path).to_dict("records") if path.is_file() else []
+    if any(row["variant"] != PIXELS and row["steps"] != params.training_steps(task) for row in rows):
+        raise InputError(f"{path} has trainings of another length; delete it, or set steps as they were")
+    for seed in range(params.seed, params.seed + SEEDS):
+        for row in study(dataclasses.replace(params, seed=seed), name, {row["variant"] for row in rows if row["seed"] == seed}):
+            rows.append(row)
+            save_table(path, pd.DataFrame(rows))

@@ -1,0 +1,84 @@
+"""Studies of a tiny task: each term off in turn, other sizes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from gbc.params import InputError, Params, load_params
+from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, Pixels, ablate, collect, scale
+
+TINY = [
+    "sample.faces.per_class=10",
+    "pretrain.faces.hidden=[12,8]",
+    "pretrain.faces.max_steps=20",
+    "pretrain.faces.settle_steps=5",
+    "train_single.faces.anchors=4",
+    "train_single.faces.batch=12",
+    "train_single.faces.length=1",
+    "generator.noise=4",
+    "generator.width=16",
+    "generator.channels=8",
+    "evaluate.samples=40",
+    "steps=4",
+]
+
+
+def tiny(*overrides: str) -> Params:
+    return load_params([*TINY, *overrides])
+
+
+def test_every_term_is_switched_off_once_and_what_is_known_is_not_made_again():
+    known = {"statistics off", "collapse off", "learned multipliers", "smooth gate off", "total variation off", "duality off"}
+    rows = {row["variant"]: row for row in ablate(tiny("seed=1"), "faces", known)}
+    assert set(rows) == {*VARIANTS, PIXELS} - known
+    assert all(row["seed"] == 1 for row in rows.values())
+    assert {row["steps"] for variant, row in rows.items() if variant != PIXELS} == {4}
+    assert rows["all terms"]["kkt_residual"] != rows["stationarity off"]["kkt_residual"]
+    assert list(ablate(tiny("seed=1"), "faces", {*VARIANTS, PIXELS})) == []
+
+
+def test_a_variant_that_repeats_another_is_left_out():
+    off = ["train_single.faces.statistics=0", "train_single.faces.collapse=0", "train_single.faces.multiplier=relu"]
+    known = {"all terms", "duality off", "total variation off", "smooth gate off", PIXELS}
+    assert [row["variant"] for row in ablate(tiny(*off), "faces", known)] == ["stationarity off"]
+
+
+def test_pixels_are_free_images_of_every_anchor():
+    pixels = Pixels(((0, 1),), (5, 5), 4, 3, 0.1, 8, 8).initialise(torch.Generator().manual_seed(0))
+    images, y = pixels.bank()
+    assert images.shape == (6, 5, 5)
+    assert y.tolist() == [0, 0, 0, 1, 1, 1]
+    drawn, labels = pixels.sample(8, torch.Generator().manual_seed(1))
+    for image, label in zip(drawn, labels.tolist(), strict=True):
+        assert any(torch.allclose(image, images[3 * label + anchor]) for anchor in range(3))
+
+
+def test_sizes_change_the_dataset_the_batch_and_the_classifier():
+    known = {f"{images} per class, width × {factor:g}" for images, factor in SIZES[1:-1]}
+    small, wide = scale(tiny(), "faces", known)
+    assert (small["images"], small["width"], wide["images"], wide["width"]) == (20, 1.0, 40, 2.0)
+    assert small["weights_per_pixel"] == (625 * 12 + 12 * 8 + 8 * 2 + 3 * (12 + 8) - 12 - 8) / (20 * 625)
+
+
+def test_a_study_goes_on_where_it_was_stopped_and_keeps_to_its_length(tmp_path):
+    path, made = tmp_path / "study.csv", []
+
+    def study(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
+        for variant in {"a", "b"} - known:
+            made.append((params.seed, variant))
+            yield {"variant": variant, "seed": params.seed, "steps": 4}
+
+    pd.DataFrame({"variant": ["a"], "seed": [1], "steps": [4]}).to_csv(path)
+    collect(path, study, tiny(), "faces")
+    assert sorted(made) == [(0, "a"), (0, "b"), (1, "b"), (2, "a"), (2, "b")]
+    assert len(pd.read_csv(path)) == 2 * SEEDS
+    with pytest.raises(InputError, match="another length"):
+        collect(path, study, tiny("steps=5"), "faces")
+
+
+def test_points_are_refused(tmp_path):
+    with pytest.raises(InputError, match="toy_1 makes points"):
+        collect(tmp_path / "study.csv", ablate, load_params([]), "toy_1")
