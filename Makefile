@@ -13,7 +13,7 @@ repro: $(VENV)/installed
 	dvc repro
 
 test: lint
-	pytest --cov=gbc --cov-report=term --cov-fail-under=90
+	OMP_NUM_THREADS=1 pytest --numprocesses=logical --dist=loadfile --cov=gbc --cov-report=term --cov-fail-under=90
 
 lint: $(VENV)/installed
 	ruff check .
@@ -39,7 +39,7 @@ benchmarks: $(VENV)/installed
 		echo "$$result" > data/benchmarks/$$name.json; \
 	done
 
-# Every term of the loss off in turn, three seeds, for the report's table: an hour and a half. Rows that are there are not made again: delete the files first.
+# Terms of the loss off in turn, three seeds, for the report's table: an hour and a half. Rows that are there are not made again: delete the files first.
 ablation: $(VENV)/installed
 	python -m stages.ablate mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' train_single.mnist_10.multiplier=equal steps=500 evaluate.samples=1000
 	python -m stages.ablate mnist_plain sample.mnist_plain.per_class=10 train_single.mnist_plain.anchors=10 \

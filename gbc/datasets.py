@@ -17,6 +17,7 @@ from gbc.params import InputError, SampleParams
 
 REFERENCE = 2000  # images at most that play the perfect generator
 CELEBA_SIZE = 32  # pixels; the paper's
+SMALLEST = 11  # pixels of a side: the window of SSIM
 ROLES = ("train", "control", "reference")
 
 
@@ -42,7 +43,10 @@ def _circle(params: SampleParams) -> Pool:
 
 
 def _npz(params: SampleParams) -> Pool:
-    """`images` [n, height, width] or [n, channels, height, width], uint8 or float in [0, 1], and integer `labels` [n]."""
+    """`images` [n, height, width] or [n, channels, height, width], uint8 or float in [0, 1], and integer `labels` [n].
+
+    One channel becomes [height, width].
+    """
     try:
         with np.load(params.path, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
@@ -56,7 +60,7 @@ def _npz(params: SampleParams) -> Pool:
         np.issubdtype(images.dtype, np.floating) and images.min() >= 0 and images.max() <= 1 and np.issubdtype(labels.dtype, np.integer)
     ):
         raise InputError(f"{params.path}: images must be uint8, or float in [0, 1], and labels integers")
-    return _pool(images.astype(np.float32), labels)
+    return _pool((images[:, 0] if images.shape[1:-2] == (1,) else images).astype(np.float32), labels)
 
 
 def _torchvision(params: SampleParams) -> Pool:
@@ -138,7 +142,8 @@ def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
 
     `train` has `per_class` images of each class, drawn without replacement; `control` as many others and `reference` at most
     2,000 others, where the source has any left (else they are empty). Every class is drawn from its own stream of `seed`, so a
-    class's images do not depend on which other classes are asked for. Raises `InputError` if a class has too few images.
+    class's images do not depend on which other classes are asked for. Raises `InputError` if a class has too few images, none is
+    left as a control, or images are too small to be compared.
     """
     pool = SOURCES[params.source](params)
     chosen: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
@@ -158,4 +163,9 @@ def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
         indices = np.concatenate(parts)
         drawn[f"{role}_x"] = torch.from_numpy(np.ascontiguousarray(pool.load(indices))) if len(indices) else torch.empty(0)
         drawn[f"{role}_y"] = torch.from_numpy(np.repeat(params.classes, [len(part) for part in parts])).long()
+    shape, source = drawn["train_x"].shape[1:], f"source {params.source}"
+    if len(shape) > 1 and min(shape[-2:]) < SMALLEST:
+        raise InputError(f"{source} has images of {shape[-2]}×{shape[-1]} pixels; scores by SSIM need {SMALLEST}×{SMALLEST} at least")
+    if len(shape) > 1 and not len(drawn["control_x"]):
+        raise InputError(f"{source} has no image of some class left as a control: per_class={params.per_class} is too many")
     return drawn

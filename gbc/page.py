@@ -2,6 +2,7 @@
 
 import base64
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,24 +30,24 @@ ABOUT = {
 }
 FIGURES = {"toy": "fig4_toy", "toy_pair": "fig5_toy_pair"}  # of a generator's section; images are shown one by one
 CAPTIONS = {
-    "fig2_duality": "Duality (Eq. 6). The loss is zero where a sample's margin lies between e^−α and e^−α + δ, and grows linearly outside: "
+    "fig2_duality": "Duality (Eq. 6): the loss is zero where a sample's margin lies between e^−α and e^−α + δ, and grows linearly outside: "
     "every generated sample is asked to sit at the smallest margin, where multipliers may be positive.",
     "fig3_lambda": "Λ (Eqs. 9 and 10), estimated from random inputs and the weights alone: the paper's two-layer network first, then every "
     "classifier of this pipeline, batch normalisation in train mode. Each title gives the largest relative difference in float64. "
     "If Λ is right, the dotted lines cover the solid ones.",
-    "fig4_toy": "The toy. Eighteen points on a circle in three classes, the classifier trained on them, and samples of the generator "
+    "fig4_toy": "The toy: eighteen points on a circle in three classes, the classifier trained on them, and samples of the generator "
     "that saw only that classifier. Look for samples at the circled points, and for points that none reaches.",
     "fig5_toy_pair": "Two classifiers, one generator (Eq. 12). Each row: one half of the toy data, its classifier, its own generator; "
     "on the right, the generator born from both: (d) free, (e) and (i) with its classifier index fixed, where only that half should appear.",
     "pretraining_curves": "Full-batch descent of the classifiers: log-loss and smallest margin against steps, and the oracle residual on Z₁ against the "
     "log-loss, of the true training images (solid) and of held-out ones (dashed). With weight decay (mnist_plain) the log-loss stays where it is while "
     "the residual falls. Where the two lines part, the weights tell training images from others. mnist_biased, at 1e-7, is below the panel: Z₁ is its last bias alone.",
-    "loss_curves": "Training. Stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
+    "loss_curves": "Training: stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
     "images reach with the best multipliers. Duality is in units of the margin asked for.",
     "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares.",
     "search_importance": "Random search: each parameter's share in the spread of the KKT violation that trainings ended with (fANOVA). Made by "
     "python -m stages.search, not by the pipeline.",
-    "scaling": "Size. What a generator recovers of more training images from the same classifier, and of as many from a wider or narrower one (three seeds, "
+    "scaling": "Size: what a generator recovers of more training images from the same classifier, and of as many from a wider or narrower one (three seeds, "
     "mean and standard deviation, short trainings). On the right both against the weights that there are for every pixel of the training images.",
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
@@ -80,6 +81,11 @@ BASELINES = {"held_out": "real images never seen", "class_mean": "class means", 
 def data_uri(png: bytes) -> str:
     """A PNG file as a link that holds it."""
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def lead(caption: str) -> str:
+    """The first sentence, the image's alternative text."""
+    return re.split(r"(?<!Eq)(?<!Eqs)\. ", caption)[0]
 
 
 def rows(table: pd.DataFrame, corner: str) -> Markup:
@@ -261,7 +267,7 @@ def render(
         }
     ablations = {name.removeprefix("ablation_"): table for name, table in studies.items() if name.startswith("ablation_")}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"uri": data_uri, "rows": rows}
+    environment.filters |= {"uri": data_uri, "rows": rows, "lead": lead}
     return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
         headline=headline,
         results=results,

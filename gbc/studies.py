@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from gbc.artifacts import load_table, save_table
+from gbc.artifacts import load_json, load_table, save_json, save_table
 from gbc.classifier import Classifier
 from gbc.datasets import sample
 from gbc.evaluation import evaluate
@@ -125,8 +125,8 @@ def ablate(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any
             yield scored(params, born(params, changed, parent), parent, variant)
     if PIXELS not in known:
         quick = dataclasses.replace(params, generator=dataclasses.replace(params.generator, learning_rate=PIXEL_RATE))
-        probe = dataclasses.replace(quick, steps=round(PROBE / task.length))
-        steps = params.steps * born(probe, task, parent).seconds / born(probe, task, parent, Pixels).seconds
+        probe, short = dataclasses.replace(quick, steps=PROBE), dataclasses.replace(task, length=1.0)
+        steps = params.steps * born(probe, short, parent).seconds / born(probe, short, parent, Pixels).seconds
         yield scored(params, born(dataclasses.replace(quick, steps=round(steps)), task, parent, Pixels), parent, PIXELS)
 
 
@@ -159,14 +159,21 @@ def scale(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]
 def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[str, Any]]], params: Params, name: str) -> None:
     """Add the rows of a study of generator `name` to a table, over `SEEDS` seeds from `params.seed` on; those that are there are kept.
 
-    Raises `InputError` if the task makes points, or the table has trainings of another length.
+    The parameters stand beside the table, in <path>.json. Raises `InputError` if the task makes points, or the table has other parameters.
     """
     task = entry(params.train_single, name)
-    if params.sample[task.classifiers[0]].source == "circle":
+    source = task.classifiers[0]
+    if params.sample[source].source == "circle":
         raise InputError(f"{name} makes points; a study scores images")
+    parts = {"generator": params.generator, "sample": params.sample[source], "pretrain": params.pretrain[source], "train_single": task}
+    setting = {"beta": params.beta, "steps": params.steps, "samples": params.evaluate.samples}
+    setting |= {f"{part}.{key}": value for part, values in parts.items() for key, value in dataclasses.asdict(values).items()}
     rows = load_table(path).to_dict("records") if path.is_file() else []
-    if any(row["variant"] != PIXELS and row["steps"] != params.training_steps(task) for row in rows):
-        raise InputError(f"{path} has trainings of another length; delete it, or set steps as they were")
+    made = load_json(path.with_suffix(".json")) if rows else setting
+    if changed := [key for key in setting if made.get(key) != setting[key]]:
+        key = changed[0]
+        raise InputError(f"{path} was made with {key}={made.get(key)}, not {setting[key]}; keep to it, or delete the table")
+    save_json(path.with_suffix(".json"), setting)
     for seed in range(params.seed, params.seed + SEEDS):
         for row in study(dataclasses.replace(params, seed=seed), name, {row["variant"] for row in rows if row["seed"] == seed}):
             rows.append(row)

@@ -1,4 +1,4 @@
-"""Switch every term of a generator's loss off in turn, over three seeds: python -m stages.ablate mnist_10."""
+"""Switch the terms of a generator's loss off in turn, over three seeds: python -m stages.ablate faces."""
 
 from pathlib import Path
 

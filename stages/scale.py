@@ -1,4 +1,4 @@
-"""Vary the number of training images and the classifier's width, over three seeds: python -m stages.scale mnist_10."""
+"""Vary the number of training images and the classifier's width, over three seeds: python -m stages.scale mnist."""
 
 from pathlib import Path
 

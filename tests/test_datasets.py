@@ -116,20 +116,27 @@ def test_celeba_without_data_says_what_to_put_where(tmp_path):
 def test_an_image_folder_has_one_class_per_sub_folder(tmp_path):
     for label, shade in (("cats", 10), ("dogs", 200)):
         (tmp_path / label).mkdir()
-        for i in range(3):
-            Image.new("L", (6, 5), shade + i).save(tmp_path / label / f"{i}.png")
+        for i in range(4):
+            Image.new("L", (12, 11), shade + i).save(tmp_path / label / f"{i}.png")
     data = drawn("folder", [0, 1], 3, str(tmp_path))
-    assert data["train_x"].shape == (6, 5, 6)
+    assert data["train_x"].shape == (6, 11, 12)
     assert ((data["train_x"] > 0.5).all((1, 2)) == (data["train_y"] == 1)).all()
 
 
 def test_npz_is_read_and_its_labels_must_match(tmp_path):
-    images, labels = np.random.default_rng(0).random((8, 6, 5), dtype=np.float32), np.repeat([0, 1], 4)
+    images, labels = np.random.default_rng(0).random((8, 12, 11), dtype=np.float32), np.repeat([0, 1], 4)
     np.savez(tmp_path / "good.npz", images=images, labels=labels)
     data = drawn("npz", [0, 1], 2, str(tmp_path / "good.npz"))
     assert all((images == x).all((1, 2)).any() for x in data["train_x"].numpy())
+    np.savez(tmp_path / "grey.npz", images=images[:, None], labels=labels)
+    assert torch.equal(drawn("npz", [0, 1], 2, str(tmp_path / "grey.npz"))["train_x"], data["train_x"])
+    with pytest.raises(InputError, match="no image of some class left as a control: per_class=4 is too many"):
+        drawn("npz", [0, 1], 4, str(tmp_path / "good.npz"))
+    np.savez(tmp_path / "small.npz", images=images[:, 2:], labels=labels)
+    with pytest.raises(InputError, match="images of 10×11 pixels; scores by SSIM need 11×11 at least"):
+        drawn("npz", [0, 1], 2, str(tmp_path / "small.npz"))
     np.savez(tmp_path / "short.npz", images=images, labels=labels[:-1])
-    with pytest.raises(InputError, match=r"short.npz: labels \(7,\) do not match images \(8, 6, 5\)"):
+    with pytest.raises(InputError, match=r"short.npz: labels \(7,\) do not match images \(8, 12, 11\)"):
         drawn("npz", [0, 1], 2, str(tmp_path / "short.npz"))
     np.savez(tmp_path / "wide.npz", images=images * 300, labels=labels)
     with pytest.raises(InputError, match="must be uint8, or float in"):

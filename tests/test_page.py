@@ -67,6 +67,10 @@ def test_the_certificate_names_where_lambda_is_largest():
     assert row["active"] == "1 of 2"
 
 
+def test_an_alternative_text_ends_with_the_first_sentence_not_with_an_equation():
+    assert report.lead("Duality (Eq. 6), not Eqs. 5 to 7: a loss. It is zero.") == "Duality (Eq. 6), not Eqs. 5 to 7: a loss"
+
+
 def test_an_ablation_is_shown_as_means_over_seeds():
     table = pd.DataFrame(
         {"variant": ["b", "a", "b"], "seed": [0, 0, 1], "train_control_auc": [0.5, 0.9, 0.7], "recall_ratio": [1.0, 3.0, 2.0]}

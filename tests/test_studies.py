@@ -63,20 +63,24 @@ def test_sizes_change_the_dataset_the_batch_and_the_classifier():
     assert small["weights_per_pixel"] == (625 * 12 + 12 * 8 + 8 * 2 + 3 * (12 + 8) - 12 - 8) / (20 * 625)
 
 
-def test_a_study_goes_on_where_it_was_stopped_and_keeps_to_its_length(tmp_path):
+def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path):
     path, made = tmp_path / "study.csv", []
 
     def study(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
-        for variant in {"a", "b"} - known:
+        for variant in sorted({"a", "b"} - known):
+            if len(made) == 3:
+                made.append(None)
+                raise KeyboardInterrupt
             made.append((params.seed, variant))
-            yield {"variant": variant, "seed": params.seed, "steps": 4}
+            yield {"variant": variant, "seed": params.seed}
 
-    pd.DataFrame({"variant": ["a"], "seed": [1], "steps": [4]}).to_csv(path)
+    with pytest.raises(KeyboardInterrupt):
+        collect(path, study, tiny(), "faces")
+    with pytest.raises(InputError, match="made with train_single.gate=50.0, not 0.0; keep to it"):
+        collect(path, study, tiny("train_single.faces.gate=0"), "faces")
     collect(path, study, tiny(), "faces")
-    assert sorted(made) == [(0, "a"), (0, "b"), (1, "b"), (2, "a"), (2, "b")]
+    assert made == [(0, "a"), (0, "b"), (1, "a"), None, (1, "b"), (2, "a"), (2, "b")]
     assert len(pd.read_csv(path)) == 2 * SEEDS
-    with pytest.raises(InputError, match="another length"):
-        collect(path, study, tiny("steps=5"), "faces")
 
 
 def test_points_are_refused(tmp_path):

@@ -1,9 +1,9 @@
 """Seconds to the residual that the published form of the step reaches in its whole budget: ours against it.
 
-Both train the committed generator of `mnist` on the committed classifier, from the same seed: the published form with autograd's
+Both train the committed generator of `mnist_10` on the committed classifier, from the same seed: the published form with autograd's
 double backward into weights that require gradients, learned multipliers, Adam, float32 and no collapse term; ours as committed. Each
-follows its own learning-rate cosine; ours gets a third of the steps. Needs data/classifiers/mnist and data/lambda/mnist (`dvc pull`),
-and data/samples/mnist.safetensors for the AUC.
+follows its own learning-rate cosine; ours gets a third of the steps. Needs data/classifiers/mnist_10 and data/lambda/mnist_10
+(`dvc pull`), and data/samples/mnist_10.safetensors for the AUC.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from gbc.params import TrainParams, load_params
 from gbc.step import DoubleBackward
 from tests.benchmarks import show
 
-NAME, PUBLISHED, OURS, SEEDS = "mnist", 1800, 600, (0, 1, 2)  # a shorter budget ends before the residual has fallen
+NAME, PUBLISHED, OURS, SEEDS = "mnist_10", 1800, 600, (0, 1, 2)  # a shorter budget ends before the residual has fallen
 BACKWARD = Tensor.backward
 
 
