@@ -60,7 +60,7 @@ class Pixels(Generator):
 
     def forward(self, epsilon: Float[Tensor, "batch 1"], y: Int[Tensor, " batch"], t: Int[Tensor, " batch"]) -> Tensor:
         """The images of these numbers."""
-        return self.raw[epsilon[:, 0].long()].sigmoid()
+        return self.raw.sigmoid()[epsilon[:, 0].long()]
 
     def perturb(self, anchor: Int[Tensor, " batch"], y: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch 1"]:
         """The number of every image: there is no noise."""

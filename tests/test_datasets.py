@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from skimage.data import lfw_subset
 
-from gbc.datasets import sample
+from gbc.datasets import SMALLEST, sample
 from gbc.params import InputError, SampleParams
+from gbc.similarity import RADIUS
 
 MNIST = "data/raw/mnist_5000.npz"
 DIGITS = list(range(10))
@@ -132,6 +133,7 @@ def test_npz_is_read_and_its_labels_must_match(tmp_path):
     assert torch.equal(drawn("npz", [0, 1], 2, str(tmp_path / "grey.npz"))["train_x"], data["train_x"])
     with pytest.raises(InputError, match="no image of some class left as a control: per_class=4 is too many"):
         drawn("npz", [0, 1], 4, str(tmp_path / "good.npz"))
+    assert SMALLEST == 2 * RADIUS + 1
     np.savez(tmp_path / "small.npz", images=images[:, 2:], labels=labels)
     with pytest.raises(InputError, match="images of 10×11 pixels; scores by SSIM need 11×11 at least"):
         drawn("npz", [0, 1], 2, str(tmp_path / "small.npz"))
