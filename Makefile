@@ -1,5 +1,5 @@
 # make repro: environment and the whole pipeline. make test: environment, lint, types and tests. make check: the committed results.
-# make benchmarks: speed. make ablation: what every term is worth. make scaling: how size matters. make evidence: keep in git what the report reads.
+# make benchmarks: speed. make ablation: what every term is worth. make scaling: how size matters. make seeds: other seeds. make evidence: keep in git what the report reads.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -7,7 +7,7 @@ SHELL = bash
 .SHELLFLAGS = -euo pipefail -c
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: repro test lint check evidence benchmarks ablation scaling test-remotes
+.PHONY: repro test lint check evidence benchmarks ablation scaling seeds test-remotes
 
 repro: $(VENV)/installed
 	dvc repro
@@ -44,6 +44,11 @@ ablation: $(VENV)/installed
 	python -m stages.ablate mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' train_single.mnist_10.multiplier=equal steps=500 evaluate.samples=1000
 	python -m stages.ablate mnist_plain sample.mnist_plain.per_class=10 train_single.mnist_plain.anchors=10 \
 		train_single.mnist_plain.batch=100 steps=1100 evaluate.samples=1000
+
+# The whole pipeline with two other seeds, for the report's table of means: two hours. Nothing may differ from the last commit.
+seeds: $(VENV)/installed
+	for seed in 1 2; do dvc exp run --temp --set-param seed=$$seed --name seed-$$seed; done
+	for revision in HEAD seed-1 seed-2; do python -m stages.seeds $$revision; done
 
 # Ten to a hundred images per class, and a quarter to twice the classifier's width, three seeds, for the report's figure: an hour.
 scaling: $(VENV)/installed

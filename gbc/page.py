@@ -207,12 +207,21 @@ def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> pd.DataFram
     return pd.DataFrame(table).set_index("benchmark") if table else pd.DataFrame()
 
 
-def ablation_table(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds of every variant's scores, in the order of the file, and the standard deviation of the AUC."""
-    shown = [key for key in SCORES if key in table and key != "seconds"]
-    means = pd.DataFrame({key: table.groupby("variant", sort=False)[key].mean() for key in shown})
-    means.insert(shown.index("train_control_auc") + 1, "±", table.groupby("variant")["train_control_auc"].std())
-    return means.rename(columns=SCORES)
+def seed_means(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
+    """Means over seeds of the scores `names` of every variant, in the order of the file, and the standard deviation of the AUC."""
+    table = table.dropna(axis="columns", how="all")
+    kept = [key for key in names if key in table and key != "seconds"]
+    means = pd.DataFrame({key: table.groupby("variant", sort=False)[key].mean() for key in kept})
+    if "train_control_auc" in kept:
+        means.insert(kept.index("train_control_auc") + 1, "±", table.groupby("variant")["train_control_auc"].std())
+    return means.rename(columns=names)
+
+
+def over_seeds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """`seed_means` of a run with each of several seeds: the generators of images and those of points, where there are any."""
+    points = table.reindex(columns=["points_hit"])["points_hit"].notna()
+    parts = {"images": (table.loc[~points], SCORES), "points": (table.loc[points], POINTS)}
+    return {what: seed_means(part, names) for what, (part, names) in parts.items() if len(part)}
 
 
 def summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:
@@ -277,8 +286,8 @@ def render(
         figures=figures,
         captions=CAPTIONS,
         certificates=certify_table(certificates),
-        ablations={name: ablation_table(table) for name, table in ablations.items()},
-        seeds=max((table["seed"].nunique() for table in ablations.values()), default=0),
+        ablations={name: seed_means(table, SCORES) for name, table in ablations.items()},
+        seeds=over_seeds(studies["seeds"]) if "seeds" in studies else {},
         fails=failures(metrics),
         benchmarks=benchmarks_table(benchmarks),
     )

@@ -1,6 +1,7 @@
 """Studies of a tiny task: each term off in turn, other sizes."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -9,6 +10,7 @@ import torch
 
 from gbc.params import InputError, Params, load_params
 from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, Pixels, ablate, collect, scale
+from tests.tiny import clone, run
 
 TINY = [
     "sample.faces.per_class=10",
@@ -86,3 +88,25 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path)
 def test_points_are_refused(tmp_path):
     with pytest.raises(InputError, match="toy_1 makes points"):
         collect(tmp_path / "study.csv", ablate, load_params([]), "toy_1")
+
+
+@pytest.mark.slow
+def test_scores_of_other_seeds_are_collected_from_git_and_replaced(project: Path, tmp_path: Path):
+    folder = clone(project, tmp_path / "clone")
+    for key, was, now, branch in [("seed", "0", "3", "third"), ("beta", "50.0", "1.0", "other")]:
+        run("git", "checkout", "-qb", branch, "main", cwd=folder)
+        params = (folder / "params.yaml").read_text()
+        assert f"\n{key}: {was}\n" in f"\n{params}"
+        (folder / "params.yaml").write_text(f"\n{params}".replace(f"\n{key}: {was}\n", f"\n{key}: {now}\n"))
+        run("git", "commit", "-qam", branch, cwd=folder)
+    run("git", "checkout", "-q", "main", cwd=folder)
+    (folder / "data/studies/seeds.csv").unlink(missing_ok=True)
+    for revision in ("HEAD", "third", "HEAD"):
+        run("python", "-m", "stages.seeds", revision, cwd=folder)
+    table = pd.read_csv(folder / "data/studies/seeds.csv")
+    assert sorted(table["seed"]) == [0, 0, 0, 3, 3, 3]
+    assert set(table["variant"]) == {"faces", "toy_1", "toy_pair"}
+    for revision, said in [("other", "other differs from params.yaml in beta"), ("nothing", "nothing: unknown Git revision")]:
+        done = run("python", "-m", "stages.seeds", revision, cwd=folder, check=False)
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
