@@ -4,6 +4,7 @@ import base64
 import math
 import re
 from collections.abc import Mapping
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,7 @@ def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> pd.DataFram
     table = []
     for name, results in benchmarks.items():
         flat = pd.json_normalize(dict(results)).iloc[0].drop(["threads", "torch"])
-        table += [{"benchmark": name, "measured": key, "value": value} for key, value in flat.items() if isinstance(value, float | int)]
+        table += [{"benchmark": name, "measured": key, "value": value} for key, value in flat.items() if isinstance(value, Number)]
     return pd.DataFrame(table).set_index("benchmark") if table else pd.DataFrame()
 
 

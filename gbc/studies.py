@@ -1,14 +1,18 @@
-"""Studies of one task, everything made anew for each of several seeds: what every term of the loss is worth, and how size matters."""
+"""Studies over several seeds: what every term of a generator's loss is worth, how size matters, and what the whole pipeline scores."""
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+import yaml
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -18,7 +22,7 @@ from gbc.datasets import sample
 from gbc.evaluation import evaluate
 from gbc.generator import Generator
 from gbc.homogeneity import Homogeneity, estimate
-from gbc.params import InputError, Params, TrainParams, device, entry
+from gbc.params import InputError, Params, TrainParams, device, entry, load_params
 from gbc.pretraining import pretrain
 from gbc.training import Trained, train
 
@@ -37,6 +41,7 @@ PIXELS = "pixels instead of g"
 PIXEL_RATE, PROBE = 0.05, 20  # learning rate of pixels, and of h beside them; steps that tell how long one takes
 SIZES = [(10, 1.0), (20, 1.0), (50, 1.0), (100, 1.0), (20, 0.25), (20, 0.5), (20, 2.0)]  # images per class, relative width
 SEEDS = 3
+APART = ("seed", "device", "launch")  # what may differ between whole runs whose scores are averaged
 SCORES = [
     "precision_ratio",
     "recall_ratio",
@@ -86,7 +91,7 @@ def subject(params: Params, source: str) -> Subject:
     torch.set_float32_matmul_precision("highest")
     classifier, _, _ = pretrain(params.pretrain[source], data, params.seed, device(params))
     rng = torch.Generator().manual_seed(params.seed)
-    return Subject(data, classifier, estimate(classifier, classifier.input_shape, params.estimate_lambda, rng))
+    return Subject(data, classifier, estimate(classifier.train(), classifier.input_shape, params.estimate_lambda, rng))
 
 
 def born(params: Params, task: TrainParams, parent: Subject, kind: type[Generator] = Generator) -> Trained:
@@ -178,3 +183,37 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
         for row in study(dataclasses.replace(params, seed=seed), name, {row["variant"] for row in rows if row["seed"] == seed}):
             rows.append(row)
             save_table(path, pd.DataFrame(rows))
+
+
+def add_run(path: Path, params: Params, revision: str) -> None:
+    """Add the scores of a whole run, a git revision or a DVC experiment, to a table: a row for every generator.
+
+    Rows of that seed, and of parameters other than `params`, go. Raises `InputError` if the revision is unknown, differs from `params` in
+    more than its seed, or holds results of another seed.
+    """
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        settings, lock, scores = (dvc.api.read(name, rev=revision) for name in ("params.yaml", "dvc.lock", "reports/metrics.json"))
+    except (DvcException, OSError) as error:
+        raise InputError(f"{revision}: {error}") from error
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "params.yaml").write_text(settings)
+        theirs = load_params([], Path(folder) / "params.yaml")
+    same = dataclasses.replace(theirs, **{key: getattr(params, key) for key in APART})
+    if changed := [key for key, value in vars(params).items() if vars(same)[key] != value]:
+        raise InputError(f"{revision} differs from params.yaml in {changed[0]}, not only in its seed")
+    used = [stage["params"]["params.yaml"] for stage in yaml.safe_load(lock)["stages"].values() if "params" in stage]
+    if any(values.get("seed", theirs.seed) != theirs.seed for values in used):
+        raise InputError(f"{revision} has seed={theirs.seed}, but its results have another; run dvc repro there first")
+    shared = json.dumps({key: value for key, value in dataclasses.asdict(params).items() if key not in APART}, sort_keys=True)
+    made = {"seed": theirs.seed, "params": f"md5-{hashlib.md5(shared.encode()).hexdigest()[:8]}"}
+    results = {name: values for name, values in json.loads(scores).items() if name != "certify"}
+    table = pd.DataFrame(
+        [{"variant": name} | made | {k: v for k, v in values.items() if k != "baselines"} for name, values in results.items()]
+    )
+    if path.is_file():
+        known = load_table(path)
+        table = pd.concat([known.loc[(known["seed"] != made["seed"]) & (known["params"] == made["params"])], table])
+    save_table(path, table)

@@ -1,5 +1,6 @@
 """Studies of a tiny task: each term off in turn, other sizes."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,22 +92,40 @@ def test_points_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_of_other_seeds_are_collected_from_git_and_replaced(project: Path, tmp_path: Path):
+def test_scores_of_other_seeds_are_collected_from_git_and_dvc(project: Path, tmp_path: Path):
     folder = clone(project, tmp_path / "clone")
-    for key, was, now, branch in [("seed", "0", "3", "third"), ("beta", "50.0", "1.0", "other")]:
-        run("git", "checkout", "-qb", branch, "main", cwd=folder)
-        params = (folder / "params.yaml").read_text()
-        assert f"\n{key}: {was}\n" in f"\n{params}"
-        (folder / "params.yaml").write_text(f"\n{params}".replace(f"\n{key}: {was}\n", f"\n{key}: {now}\n"))
-        run("git", "commit", "-qam", branch, cwd=folder)
-    run("git", "checkout", "-q", "main", cwd=folder)
+
+    def edit(name: str, old: str, new: str) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    edit("params.yaml", "seed: 0", "seed: 3")
+    run("git", "commit", "-qam", "results of another seed", cwd=folder)
+    run("git", "tag", "stale", cwd=folder)
+    edit("dvc.lock", "seed: 0", "seed: 3")
+    metrics = json.loads((folder / "reports/metrics.json").read_text())
+    metrics["faces"]["train_control_auc"] = 0.125
+    (folder / "reports/metrics.json").write_text(json.dumps(metrics))
+    run("dvc", "exp", "save", "--name", "third", cwd=folder)
+    run("git", "reset", "-q", "--hard", "HEAD~1", cwd=folder)
     (folder / "data/studies/seeds.csv").unlink(missing_ok=True)
     for revision in ("HEAD", "third", "HEAD"):
         run("python", "-m", "stages.seeds", revision, cwd=folder)
     table = pd.read_csv(folder / "data/studies/seeds.csv")
     assert sorted(table["seed"]) == [0, 0, 0, 3, 3, 3]
-    assert set(table["variant"]) == {"faces", "toy_1", "toy_pair"}
-    for revision, said in [("other", "other differs from params.yaml in beta"), ("nothing", "nothing: unknown Git revision")]:
-        done = run("python", "-m", "stages.seeds", revision, cwd=folder, check=False)
+    assert table.set_index(["variant", "seed"]).loc[("faces", 3), "train_control_auc"] == 0.125
+    said = {
+        ("nothing",): "nothing: unknown Git revision",
+        ("stale",): "stale has seed=3, but its results have another",
+        ("HEAD", "beta=1"): "HEAD differs from params.yaml in beta",
+    }
+    for arguments, line in said.items():
+        done = run("python", "-m", "stages.seeds", *arguments, cwd=folder, check=False)
         assert done.returncode == 1
-        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {said}")
+        assert done.stderr.strip().splitlines()[-1].startswith(f"error: {line}")
+    edit("params.yaml", "beta: 50.0", "beta: 1.0")
+    edit("dvc.lock", "beta: 50.0", "beta: 1.0")
+    run("git", "commit", "-qam", "other parameters", cwd=folder)
+    run("python", "-m", "stages.seeds", "HEAD", cwd=folder)
+    assert list(pd.read_csv(folder / "data/studies/seeds.csv")["seed"]) == [0, 0, 0]

@@ -55,8 +55,9 @@ def main() -> None:
             theirs, whole, their_auc = run(plain, PUBLISHED, seed)
         goal = theirs["stationarity"].iloc[-1]
         ours, seconds, our_auc = run(task, OURS, seed)
-        there = ours[ours["stationarity"] <= goal]["step"]
-        ratios.append(whole / (seconds * (there.iloc[0] + 1) / OURS) if len(there) else 0.0)
+        reached = [curve[curve["stationarity"] <= goal]["step"] for curve in (theirs, ours)]
+        times = [(steps.iloc[0] + 1) * one for steps, one in zip(reached, (whole / PUBLISHED, seconds / OURS), strict=True) if len(steps)]
+        ratios.append(times[0] / times[1] if len(times) == 2 else 0.0)
         rows.append({"residual": goal, "our_residual": ours["stationarity"].iloc[-1], "auc": their_auc, "our_auc": our_auc})
         rows[-1] |= {"seconds": whole, "our_seconds": seconds, "ratio": ratios[-1]}
     show({"time_to_residual_ratio": statistics.median(ratios), "seeds": rows})
