@@ -105,13 +105,16 @@ class Classifier(Network):
 
     Fully connected: `homogeneous` has a bias in layer 1 only, `biased` in every layer, and `batchnorm` (the paper's) replaces the hidden
     biases by batch normalisation and has none in the last layer; `hidden` holds widths. `convolutional` and `residual` take images,
-    (height, width) or (channels, height, width), and `hidden` holds channels. `labels` names the classes behind the logits.
+    (height, width) or (channels, height, width), and `hidden` holds channels. `labels`, ascending, names the classes behind the logits.
+    Raises `InputError` if labels do not ascend, or the inputs are too small.
     """
 
     architecture_keys = ("architecture", "input_shape", "hidden", "labels")
 
     def __init__(self, architecture: str, input_shape: tuple[int, ...], hidden: tuple[int, ...], labels: tuple[int, ...]):
         super().__init__()
+        if list(labels) != sorted(set(labels)):
+            raise InputError(f"a classifier's labels must ascend, in the order of its outputs; they are {', '.join(map(str, labels))}")
         self.architecture, self.input_shape, self.hidden, self.labels = architecture, input_shape, hidden, labels
         if architecture in ("convolutional", "residual"):
             if len(input_shape) < 2 or min(input_shape[-2:]) >> len(hidden) == 0:

@@ -6,10 +6,11 @@ The classifier's stages import this module; the generator's never do. torchvisio
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from PIL import UnidentifiedImageError
 from skimage.data import lfw_subset
 from torch import Tensor
 
@@ -33,6 +34,18 @@ def _pool(x: np.ndarray, y: np.ndarray) -> Pool:
     return Pool(np.asarray(y), lambda chosen: x[chosen])
 
 
+def _reader(data: Any, path: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Loads chosen items of a torchvision dataset that reads image files."""
+
+    def read(chosen: np.ndarray) -> np.ndarray:
+        try:
+            return np.stack([data[i][0].numpy() for i in chosen]) / np.float32(255)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: images must be readable and of one size ({error})") from error
+
+    return read
+
+
 def _circle(params: SampleParams) -> Pool:
     """The paper's toy: 18 points evenly spaced on the unit circle, three arcs of six as classes; or one half of an even split."""
     angle = 2 * np.pi * np.arange(18) / 18
@@ -48,11 +61,11 @@ def _npz(params: SampleParams) -> Pool:
     One channel becomes [height, width].
     """
     try:
-        with np.load(params.path, allow_pickle=False) as file:
+        with Path(params.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{params.path}: not an npz file with arrays `images` and `labels` ({error})") from error
-    if labels.shape != images.shape[:1] or images.ndim not in (3, 4):
+    if labels.shape != images.shape[:1] or images.ndim not in (3, 4) or not len(labels):
         raise InputError(f"{params.path}: labels {labels.shape} do not match images {images.shape}; one integer label per image is needed")
     if images.dtype == np.uint8:
         images = images / np.float32(255)
@@ -102,8 +115,7 @@ def _celeba(params: SampleParams) -> Pool:
         ) from error
     if params.attribute not in data.attr_names:
         raise InputError(f"CelebA has no attribute {params.attribute!r}; it has {', '.join(filter(None, data.attr_names))}")
-    y = data.attr[:, data.attr_names.index(params.attribute)].numpy()
-    return Pool(y, lambda chosen: np.stack([data[i][0].numpy() for i in chosen]) / np.float32(255))
+    return Pool(data.attr[:, data.attr_names.index(params.attribute)].numpy(), _reader(data, params.path))
 
 
 def _folder(params: SampleParams) -> Pool:
@@ -116,11 +128,10 @@ def _folder(params: SampleParams) -> Pool:
     except (OSError, ValueError) as error:
         raise InputError(f"{params.path}: not a folder with one folder of images per class ({error})") from error
 
+    read = _reader(data, params.path)
+
     def load(chosen: np.ndarray) -> np.ndarray:
-        try:
-            images = np.stack([data[i][0].numpy() for i in chosen]) / np.float32(255)
-        except (UnidentifiedImageError, ValueError) as error:
-            raise InputError(f"{params.path}: images must be readable and of one size ({error})") from error
+        images = read(chosen)
         return images[:, 0] if (images == images[:, :1]).all() else images
 
     return Pool(np.array(data.targets), load)
@@ -145,6 +156,8 @@ def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
     class's images do not depend on which other classes are asked for. Raises `InputError` if a class has too few images, none is
     left as a control, or images are too small to be compared.
     """
+    if not params.classes or len(set(params.classes)) < len(params.classes):
+        raise InputError(f"classes={params.classes} must name at least one class, and each once")
     pool = SOURCES[params.source](params)
     chosen: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
     for label in params.classes:
@@ -158,14 +171,18 @@ def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
     for role in ROLES[1:]:  # balanced, or absent
         size = min(len(part) for part in chosen[role])
         chosen[role] = [part[:size] for part in chosen[role]]
+    images = pool.load(np.concatenate([index for parts in chosen.values() for index in parts]))
     drawn = {}
     for role, parts in chosen.items():
-        indices = np.concatenate(parts)
-        drawn[f"{role}_x"] = torch.from_numpy(np.ascontiguousarray(pool.load(indices))) if len(indices) else torch.empty(0)
-        drawn[f"{role}_y"] = torch.from_numpy(np.repeat(params.classes, [len(part) for part in parts])).long()
+        counts = [len(part) for part in parts]
+        own, images = np.split(images, [sum(counts)])
+        drawn[f"{role}_x"] = torch.from_numpy(np.ascontiguousarray(own)) if len(own) else torch.empty(0)
+        drawn[f"{role}_y"] = torch.from_numpy(np.repeat(params.classes, counts)).long()
     shape, source = drawn["train_x"].shape[1:], f"source {params.source}"
     if len(shape) > 1 and min(shape[-2:]) < SMALLEST:
         raise InputError(f"{source} has images of {shape[-2]}×{shape[-1]} pixels; scores by SSIM need {SMALLEST}×{SMALLEST} at least")
+    if len(shape) > 1 and params.per_class < 2:
+        raise InputError(f"per_class={params.per_class} is too few: images of a class are compared, which takes 2 at least")
     if len(shape) > 1 and not len(drawn["control_x"]):
         raise InputError(f"{source} has no image of some class left as a control: per_class={params.per_class} is too many")
     return drawn

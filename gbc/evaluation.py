@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from gbc.classifier import Classifier
 from gbc.generator import Generator, to_uint8
+from gbc.params import InputError
 from gbc.similarity import ssim
 
 NEAR = 0.15  # distance at which a toy sample counts as at a training point; neighbours on the circle are 0.35 apart
@@ -117,11 +118,11 @@ def score_images(generated: Images, ours: Similarities, reference: Images, real:
 
 
 def score_points(generated: Float[Tensor, "n 2"], train: Float[Tensor, "points 2"], active: Bool[Tensor, " points"]) -> dict[str, float]:
-    """Toy metrics: share of samples within 0.15 of a training point, training points so hit, points that carry a multiplier."""
+    """Toy metrics: share of samples within 0.15 of a training point, points that carry a multiplier, and those of them so hit."""
     near = torch.cdist(generated, train) < NEAR
     return {
         "within_015": near.any(1).double().mean().item(),
-        "points_hit": int(near.any(0).sum()),
+        "points_hit": int((near.any(0) & active).sum()),
         "points_active": int(active.sum()),
     }
 
@@ -175,8 +176,10 @@ def evaluate_images(
     images, the held-out baseline has no `train_control_auc` and no `leak_60`.
     """
     train, control, reference = (Images(data[f"{role}_x"], data[f"{role}_y"]) for role in ("train", "control", "reference"))
-    apart = len(reference.x) > 0
-    if not apart:  # the source had no more images: the controls play the perfect generator, and cannot be their own controls
+    if len(generated.x) < 2 * len(train.y.unique()):
+        raise InputError(f"evaluate.samples={len(generated.x)} is too few: {2 * len(train.y.unique())} would be 2 of each class")
+    apart = bool(torch.isin(train.y, reference.y).all())
+    if not apart:  # a source had no more images: the controls play the perfect generator, and cannot be their own controls
         reference = control
     untrained = Generator(*(getattr(generator, key) for key in Generator.architecture_keys)).initialise(torch.Generator().manual_seed(seed))
     untrained_images = Images(*untrained.sample(len(generated.x), torch.Generator().manual_seed(seed)))
@@ -236,10 +239,13 @@ def evaluate(
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
     """Score a generator on `count` samples from fresh noise against its classifiers' datasets, and `active` training points.
 
-    Returns metrics, the table of best SSIMs (empty for points) and pictures.
+    Returns metrics, the table of best SSIMs (empty for points) and pictures. Raises `InputError` if samples are not finite, or images are
+    fewer than two of each class.
     """
     data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
     generated = Images(*generator.sample(count, torch.Generator().manual_seed(seed)))
+    if not generated.x.isfinite().all():
+        raise InputError("the generator makes values that are not numbers: its training diverged; set a smaller learning rate")
     shared = {"accuracy_on_generated": accuracy(classifiers, generated.x, generated.y)}
     if len(generator.output_shape) == 1:
         metrics, pictures = evaluate_points(generated, generator, classifiers, data, torch.tensor(sum(active, [])), seed)

@@ -110,7 +110,7 @@ class Generator(Network):
         """
         known = self.known if t is None else (self.known[t],)
         labels = torch.tensor(sorted(set().union(*known)))
-        y = labels.repeat_interleave(-(-count // len(labels)))[:count]
+        y = labels[torch.arange(count) * len(labels) // count]
         index = torch.full_like(y, t or 0)
         if t is None:
             knows = torch.tensor([[float(label in part) for part in known] for label in labels.tolist()])

@@ -102,8 +102,8 @@ def pairs(pictures: Mapping[str, np.ndarray], best: pd.DataFrame, labels: list[i
     `best` has the best SSIM of every sample, classes one after another in equal shares.
     """
     similarity = best.loc[best["images"] == "generated", "ssim"].to_numpy()
-    each, samples = len(pictures["generated"]) // len(labels), math.ceil(len(similarity) / len(labels))
-    places = [(label, samples * k + i) for k, label in enumerate(labels) for i in range(each)]
+    each, classes = len(pictures["generated"]) // len(labels), len(labels)
+    places = [(label, math.ceil(k * len(similarity) / classes) + i) for k, label in enumerate(labels) for i in range(each)]
     return [
         {"generated": png(generated), "nearest": png(nearest), "text": f"class {label}, SSIM {similarity[place]:.2f}"}
         for (label, place), generated, nearest in zip(places, pictures["generated"], pictures["nearest"], strict=True)

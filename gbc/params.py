@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -174,6 +175,8 @@ def _fill(kind: Any, value: Any, name: str, allowed: Mapping[str, Any]) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise InputError(f"{name}={value!r} is not a {getattr(kind, '__name__', kind)}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{name}={value} is not finite")
     if "low" in allowed and not allowed["low"] <= value <= allowed["high"]:
         raise InputError(f"{name}={value} is not in [{allowed['low']:g}, {allowed['high']:g}]")
     if "choices" in allowed and value not in allowed["choices"]:
@@ -195,6 +198,10 @@ def load_params(overrides: list[str], path: Path = Path("params.yaml")) -> Param
         raise InputError(f"{path} with {' '.join(overrides) or 'no overrides'}: {' '.join(str(error).split())}") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+    for block, count in (("train_single", 1), ("train_multi", 2)):
+        for name, task in getattr(params, block).items():
+            if len(task.classifiers) != count:
+                raise InputError(f"{path}: {block}.{name}.classifiers={task.classifiers} must name {count}")
     for attribute in params.celeba.attributes:
         name = f"celeba_{attribute}"
         params.sample[name] = dataclasses.replace(params.celeba.sample, attribute=attribute)

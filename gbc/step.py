@@ -27,7 +27,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, sharpness: float | None) -> tuple[Tensor, Tensor]:
-        gate = (z > 0).to(z) if sharpness is None else torch.sigmoid(sharpness * z)
+        gate = (z > 0).to(z) if sharpness is None else (sharpness * z).sigmoid_()
         ctx.save_for_backward(gate)
         ctx.sharpness = sharpness or 0.0
         return z.clamp_min(0), gate
@@ -218,7 +218,7 @@ class ClosedForm(Step):
         for name, layer in self.network.layers.named_children():
             if isinstance(layer, nn.Linear):
                 z = layer(x)
-                self.tape.append((name, layer, (x, z)))
+                self.tape.append((name, layer, (x, z if f"layers.{name}.weight" in self.z1 else None)))
                 x = z
             elif isinstance(layer, _BatchNorm):
                 normal, scale, average, variance = _Normalise.apply(x, layer.eps)

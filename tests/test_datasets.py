@@ -122,6 +122,13 @@ def test_an_image_folder_has_one_class_per_sub_folder(tmp_path):
     data = drawn("folder", [0, 1], 3, str(tmp_path))
     assert data["train_x"].shape == (6, 11, 12)
     assert ((data["train_x"] > 0.5).all((1, 2)) == (data["train_y"] == 1)).all()
+    control = int(256 * data["control_x"][0, 0, 0]) - 10  # the number of the cat that was not drawn
+    Image.new("RGB", (12, 11), (0, 0, 9)).save(tmp_path / "cats" / f"{control}.png")
+    coloured = drawn("folder", [0, 1], 3, str(tmp_path))
+    assert coloured["train_x"].shape[1:] == coloured["control_x"].shape[1:] == (3, 11, 12)
+    (tmp_path / "cats" / f"{control}.png").write_bytes((tmp_path / "dogs/0.png").read_bytes()[:50])
+    with pytest.raises(InputError, match="must be readable and of one size"):
+        drawn("folder", [0, 1], 3, str(tmp_path))
 
 
 def test_npz_is_read_and_its_labels_must_match(tmp_path):
@@ -143,6 +150,17 @@ def test_npz_is_read_and_its_labels_must_match(tmp_path):
     np.savez(tmp_path / "wide.npz", images=images * 300, labels=labels)
     with pytest.raises(InputError, match="must be uint8, or float in"):
         drawn("npz", [0, 1], 2, str(tmp_path / "wide.npz"))
+    np.savez(tmp_path / "empty.npz", images=images[:0], labels=labels[:0])
+    with pytest.raises(InputError, match=r"empty.npz: labels \(0,\)"):
+        drawn("npz", [0, 1], 2, str(tmp_path / "empty.npz"))
     (tmp_path / "text.npz").write_text("no")
-    with pytest.raises(InputError, match="not an npz file"):
-        drawn("npz", [0, 1], 2, str(tmp_path / "text.npz"))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:100])
+    np.save(tmp_path / "array.npy", images)
+    for name in ("text.npz", "cut.npz", "array.npy"):
+        with pytest.raises(InputError, match="not an npz file"):
+            drawn("npz", [0, 1], 2, str(tmp_path / name))
+    for classes in ([], [0, 1, 1]):
+        with pytest.raises(InputError, match="must name at least one class, and each once"):
+            drawn("npz", classes, 2, str(tmp_path / "good.npz"))
+    with pytest.raises(InputError, match="per_class=1 is too few"):
+        drawn("npz", [0, 1], 1, str(tmp_path / "good.npz"))

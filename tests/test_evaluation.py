@@ -19,6 +19,7 @@ from gbc.evaluation import (
     student_accuracy,
 )
 from gbc.generator import Generator
+from gbc.params import InputError
 
 
 def images(count: int, seed: int) -> Images:
@@ -72,6 +73,8 @@ def test_points_are_hit_within_015():
     train = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     generated = torch.tensor([[0.1, 0.0], [0.0, 0.14], [0.0, 0.2], [5.0, 5.0]])
     assert score_points(generated, train, torch.tensor([True, True])) == {"within_015": 0.5, "points_hit": 1, "points_active": 2}
+    hit = torch.cdist(generated, train).amin(0) < 0.15
+    assert score_points(generated, train, ~hit) == {"within_015": 0.5, "points_hit": 0, "points_active": 1}
 
 
 def test_accuracy_asks_the_classifiers_that_know_the_label():
@@ -91,11 +94,11 @@ def test_a_student_learns_from_real_images_and_not_from_swapped_labels():
     assert student_accuracy(Images(TRAIN.x, 1 - TRAIN.y), REFERENCE, 0) == 0
 
 
-def evaluation(generator: Generator):
+def evaluation(generator: Generator, count: int = 40):
     classifier = Classifier("batchnorm", (13, 13), (8, 8), (0, 1))
     data = {f"{role}_{part}": getattr(value, part) for role, value in {"train": TRAIN, "control": CONTROL}.items() for part in "xy"}
     data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0, dtype=torch.long)}
-    return evaluate(generator, [classifier], [data], [[True] * 20], 40, 0)
+    return evaluate(generator, [classifier], [data], [[True] * 20], count, 0)
 
 
 def test_duplicates_are_those_of_an_earlier_image_of_the_same_class():
@@ -110,6 +113,15 @@ def test_the_untrained_baseline_keeps_nothing_of_the_training():
     metrics = [evaluation(generator)[0] for generator in (fresh, trained)]
     assert metrics[0]["ssim_precision"] != metrics[1]["ssim_precision"]
     assert metrics[0]["baselines"]["untrained"] == metrics[1]["baselines"]["untrained"]
+
+
+def test_a_diverged_generator_and_too_few_samples_are_refused():
+    generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="evaluate.samples=3 is too few: 4 would be 2 of each class"):
+        evaluation(generator, 3)
+    generator.centres.fill_(torch.nan)
+    with pytest.raises(InputError, match="its training diverged"):
+        evaluation(generator)
 
 
 def test_evaluation_has_every_key_of_the_contract():

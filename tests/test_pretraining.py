@@ -189,6 +189,8 @@ def test_weight_decay_without_smoothing_is_refused():
 def test_images_too_small_for_the_poolings_are_refused():
     with pytest.raises(InputError, match="a residual network with 2 poolings cannot take inputs of shape"):
         Classifier("residual", (3, 3), (4, 4), (0, 1))
+    with pytest.raises(InputError, match="labels must ascend, in the order of its outputs; they are 1, 0"):
+        Classifier("homogeneous", (2,), (4,), (1, 0))
     with pytest.raises(InputError, match="a convolutional network"):
         Classifier("convolutional", (6,), (4,), (0, 1))
 
