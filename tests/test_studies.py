@@ -92,8 +92,9 @@ def test_points_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_scores_of_other_seeds_are_collected_from_git_and_dvc(project: Path, tmp_path: Path):
-    folder = clone(project, tmp_path / "clone")
+def test_scores_of_other_seeds_are_collected_from_git_and_dvc(project: Path):
+    folder = clone(project, project.parent / "seeds")
+    run("dvc", "pull", "-q", cwd=folder)
 
     def edit(name: str, old: str, new: str) -> None:
         text = (folder / name).read_text()
