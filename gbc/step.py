@@ -208,7 +208,7 @@ class ClosedForm(Step):
         self.gate, self.z1 = gate, set(homogeneity.z1)
         self.size = inner(list(self.goal.values()), list(self.goal.values()))
         network.requires_grad_(False)
-        self.tape: list[tuple[str, nn.Module, tuple[Tensor, ...]]] = []  # of the forward pass, for the way back
+        self.tape: list[tuple[str, nn.Module, tuple[Any, ...]]] = []  # of the forward pass, for the way back
 
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""
