@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -22,7 +21,7 @@ from gbc.datasets import sample
 from gbc.evaluation import evaluate
 from gbc.generator import Generator
 from gbc.homogeneity import Homogeneity, estimate
-from gbc.params import InputError, Params, TrainParams, device, entry, load_params
+from gbc.params import InputError, Params, TrainParams, device, entry
 from gbc.pretraining import pretrain
 from gbc.training import Trained, train
 
@@ -41,7 +40,7 @@ PIXELS = "pixels instead of g"
 PIXEL_RATE, PROBE = 0.05, 20  # learning rate of pixels, and of h beside them; steps that tell how long one takes
 SIZES = [(10, 1.0), (20, 1.0), (50, 1.0), (100, 1.0), (20, 0.25), (20, 0.5), (20, 2.0)]  # images per class, relative width
 SEEDS = 3
-APART = ("seed", "device", "launch")  # what may differ between whole runs whose scores are averaged
+APART = ("seed", "device")  # parameters that may differ between runs whose scores are averaged
 SCORES = [
     "precision_ratio",
     "recall_ratio",
@@ -185,35 +184,53 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
             save_table(path, pd.DataFrame(rows))
 
 
-def add_run(path: Path, params: Params, revision: str) -> None:
-    """Add the scores of a whole run, a git revision or a DVC experiment, to a table: a row for every generator.
+def settings(lock: Mapping[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    """Parameters of every stage that `path` comes from, by stage, as dvc.lock records them; empty if no stage makes `path`."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, stage in lock["stages"].items():
+        if any(out["path"] == path for out in stage.get("outs", [])):
+            found[name] = stage["params"]["params.yaml"]
+            for dependency in stage["deps"]:
+                found |= settings(lock, dependency["path"])
+    return found
 
-    Rows of that seed, and of parameters other than `params`, go. Raises `InputError` if the revision is unknown, differs from `params` in
-    more than its seed, or holds results of another seed.
+
+def mark(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Digest of stages' `settings`, but for what may differ between runs whose scores are averaged."""
+    shared = {stage: {key: value for key, value in values.items() if key not in APART} for stage, values in found.items()}
+    return f"md5-{hashlib.md5(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def add_run(path: Path, revision: str) -> list[str]:
+    """Add scores of a pipeline's run, a git revision or a DVC experiment, to a table; returns the names of the generators added.
+
+    A generator is added if every stage that it comes from had the same seed, and but for that the parameters that dvc.lock has here. Rows
+    of other parameters than those go. Raises `InputError` if the revision is unknown or has no such generator.
     """
     import dvc.api
     from dvc.exceptions import DvcException
 
     try:
-        settings, lock, scores = (dvc.api.read(name, rev=revision) for name in ("params.yaml", "dvc.lock", "reports/metrics.json"))
+        theirs, scores = (yaml.safe_load(dvc.api.read(name, rev=revision)) for name in ("dvc.lock", "reports/metrics.json"))
     except (DvcException, OSError) as error:
         raise InputError(f"{revision}: {error}") from error
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "params.yaml").write_text(settings)
-        theirs = load_params([], Path(folder) / "params.yaml")
-    same = dataclasses.replace(theirs, **{key: getattr(params, key) for key in APART})
-    if changed := [key for key, value in vars(params).items() if vars(same)[key] != value]:
-        raise InputError(f"{revision} differs from params.yaml in {changed[0]}, not only in its seed")
-    used = [stage["params"]["params.yaml"] for stage in yaml.safe_load(lock)["stages"].values() if "params" in stage]
-    if any(values.get("seed", theirs.seed) != theirs.seed for values in used):
-        raise InputError(f"{revision} has seed={theirs.seed}, but its results have another; run dvc repro there first")
-    shared = json.dumps({key: value for key, value in dataclasses.asdict(params).items() if key not in APART}, sort_keys=True)
-    made = {"seed": theirs.seed, "params": f"md5-{hashlib.md5(shared.encode()).hexdigest()[:8]}"}
-    results = {name: values for name, values in json.loads(scores).items() if name != "certify"}
-    table = pd.DataFrame(
-        [{"variant": name} | made | {k: v for k, v in values.items() if k != "baselines"} for name, values in results.items()]
-    )
+    ours = yaml.safe_load(Path("dvc.lock").read_text())
+    marks, rows = {}, []
+    for name, values in scores.items():
+        here, there = (settings(lock, f"data/evaluations/{name}") for lock in (ours, theirs))
+        marks[name] = mark(here)
+        seeds = {of_stage["seed"] for of_stage in there.values()}
+        if mark(there) == marks[name] and len(seeds) == 1:
+            rows.append(
+                {"variant": name, "seed": seeds.pop(), "params": marks[name]} | {k: v for k, v in values.items() if k != "baselines"}
+            )
+    if not rows:
+        raise InputError(f"{revision} has no generator of one seed with the parameters that dvc.lock has here; run dvc repro in both")
+    table = pd.DataFrame(rows)
     if path.is_file():
         known = load_table(path)
-        table = pd.concat([known.loc[(known["seed"] != made["seed"]) & (known["params"] == made["params"])], table])
+        known = known.loc[[marks.get(name) == made for name, made in zip(known["variant"], known["params"], strict=True)]]
+        replaced = known.set_index(["variant", "seed"]).index.isin(table.set_index(["variant", "seed"]).index)
+        table = pd.concat([known.loc[~replaced], table])
     save_table(path, table)
+    return [row["variant"] for row in rows]

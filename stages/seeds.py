@@ -1,15 +1,15 @@
-"""Add the scores of a whole run with another seed to a table: python -m stages.seeds <git revision or DVC experiment>."""
+"""Add the scores of a run with another seed to a table: python -m stages.seeds <git revision or DVC experiment>."""
 
 from pathlib import Path
 
 from gbc.params import Params, run_stage
 
 
-def main(params: Params, revision: str) -> None:
-    """reports/metrics.json of <revision> → data/studies/seeds.csv: a row for every generator, in place of that seed's."""
+def main(_: Params, revision: str) -> None:
+    """reports/metrics.json of <revision> → data/studies/seeds.csv: a row for every generator, in place of the one of its seed."""
     from gbc.studies import add_run
 
-    add_run(Path("data/studies/seeds.csv"), params, revision)
+    print(f"{revision}: {', '.join(add_run(Path('data/studies/seeds.csv'), revision))}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Studies of a tiny task: each term off in turn, other sizes."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from gbc.params import InputError, Params, load_params
 from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, Pixels, ablate, collect, scale
@@ -95,38 +97,45 @@ def test_points_are_refused(tmp_path):
 def test_scores_of_other_seeds_are_collected_from_git_and_dvc(project: Path):
     folder = clone(project, project.parent / "seeds")
     run("dvc", "pull", "-q", cwd=folder)
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    (folder / "data/studies/seeds.csv").unlink(missing_ok=True)
 
-    def edit(name: str, old: str, new: str) -> None:
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new))
+    def change(key: str, value: Any, *stages: str) -> None:
+        changed = copy.deepcopy(lock)
+        for stage in stages:
+            changed["stages"][stage]["params"]["params.yaml"][key] = value
+        (folder / "dvc.lock").write_text(yaml.safe_dump(changed, sort_keys=False))
 
-    edit("params.yaml", "seed: 0", "seed: 3")
-    run("git", "commit", "-qam", "results of another seed", cwd=folder)
-    run("git", "tag", "stale", cwd=folder)
-    edit("dvc.lock", "seed: 0", "seed: 3")
+    def collected(revision: str) -> tuple[str, list[tuple[str, int]]]:
+        said = run("python", "-m", "stages.seeds", revision, cwd=folder).stdout
+        table = pd.read_csv(folder / "data/studies/seeds.csv")
+        return said.strip(), sorted(zip(table["variant"], table["seed"], strict=True))
+
+    change("seed", 3, *(name for name in lock["stages"] if name != "report"))
+    params = folder / "params.yaml"
+    params.write_text(params.read_text().replace("seed: 0", "seed: 3"))
     metrics = json.loads((folder / "reports/metrics.json").read_text())
     metrics["faces"]["train_control_auc"] = 0.125
     (folder / "reports/metrics.json").write_text(json.dumps(metrics))
     run("dvc", "exp", "save", "--name", "third", cwd=folder)
+    change("seed", 3, "sample@toy_1")
+    run("git", "commit", "-qam", "one seed for the images, another for the rest", cwd=folder)
+    run("git", "tag", "mixed", cwd=folder)
     run("git", "reset", "-q", "--hard", "HEAD~1", cwd=folder)
     (folder / "data/studies/seeds.csv").unlink(missing_ok=True)
-    for revision in ("HEAD", "third", "HEAD"):
-        run("python", "-m", "stages.seeds", revision, cwd=folder)
-    table = pd.read_csv(folder / "data/studies/seeds.csv")
-    assert sorted(table["seed"]) == [0, 0, 0, 3, 3, 3]
-    assert table.set_index(["variant", "seed"]).loc[("faces", 3), "train_control_auc"] == 0.125
-    said = {
-        ("nothing",): "nothing: unknown Git revision",
-        ("stale",): "stale has seed=3, but its results have another",
-        ("HEAD", "beta=1"): "HEAD differs from params.yaml in beta",
-    }
-    for arguments, line in said.items():
-        done = run("python", "-m", "stages.seeds", *arguments, cwd=folder, check=False)
+
+    names = ["faces", "toy_1", "toy_pair"]
+    assert collected("HEAD") == ("HEAD: faces, toy_1, toy_pair", [(name, 0) for name in names])
+    assert collected("third") == ("third: faces, toy_1, toy_pair", [(name, seed) for name in names for seed in (0, 3)])
+    assert collected("mixed") == ("mixed: faces", [(name, seed) for name in names for seed in (0, 3)])
+    table = pd.read_csv(folder / "data/studies/seeds.csv").set_index(["variant", "seed"])
+    assert table.loc[("faces", 3), "train_control_auc"] == 0.125
+
+    change("generator", {"noise": 5}, "train_single@faces")  # another generator of faces, of which the table has none yet
+    assert collected("third") == ("third: toy_1, toy_pair", [(name, seed) for name in names[1:] for seed in (0, 3)])
+    change("beta", 1.0, "train_single@faces", "train_single@toy_1", "train_multi@toy_pair")
+    refused = {"nothing": "nothing: unknown Git revision", "HEAD": "HEAD has no generator of one seed with the parameters"}
+    for revision, line in refused.items():
+        done = run("python", "-m", "stages.seeds", revision, cwd=folder, check=False)
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith(f"error: {line}")
-    edit("params.yaml", "beta: 50.0", "beta: 1.0")
-    edit("dvc.lock", "beta: 50.0", "beta: 1.0")
-    run("git", "commit", "-qam", "other parameters", cwd=folder)
-    run("python", "-m", "stages.seeds", "HEAD", cwd=folder)
-    assert list(pd.read_csv(folder / "data/studies/seeds.csv")["seed"]) == [0, 0, 0]
