@@ -22,7 +22,7 @@ from gbc.progress import progress
 
 GROW, SHRINK = 1.05, 0.5  # of the step size, after an accepted step and after one that raised the loss
 SLACK = 1e-3  # relative rise of the loss that is still accepted, so that rounding does not stop the descent
-APPROACH = 300  # steps of plain descent before L-BFGS
+APPROACH = 300  # steps of descent before L-BFGS, at most
 MEMORY, ROUND = 20, 10  # of L-BFGS: pairs that it remembers, iterations between two rows of the curve
 KINK = 3000.0  # sharpness of the smooth gate that stands for ReLU's set-valued derivative at 0
 STAGES = 8  # of L-BFGS, each on a sharper softplus
@@ -97,8 +97,9 @@ def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params:
 
     Where the gradient vanishes, stationarity holds with the softmax probabilities for multipliers: N·wd·ζ = Σ_i Σ_c p_ic ∇m_ic. The
     minimum lies on ReLU's kinks, where L-BFGS stalls; so it runs on a softplus, sharpened in stages from `smoothing` until it is ReLU
-    to 1/KINK. Before that come `APPROACH` steps of `descend`: from initial weights, the first steps of L-BFGS can be so long that a
-    weight decay as small as 1e-6 never takes them back. Yields after every `ROUND` iterations. Raises `InputError` if `smoothing` is 0.
+    to 1/KINK. Before that come up to `APPROACH` steps of `descend`, which ends where the summed cross-entropy is 1 and is not yielded: from
+    initial weights, the first steps of L-BFGS can be so long that a weight decay as small as 1e-6 never takes them back. Yields after
+    every `ROUND` iterations. Raises `InputError` if `smoothing` is 0.
     """
     if not params.smoothing:
         raise InputError("weight_decay needs a smoothing above 0, such as 30: on ReLU itself L-BFGS stalls at the kinks")

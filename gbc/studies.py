@@ -119,8 +119,8 @@ def ablate(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any
     """
     task = params.train_single[name]
     variants = {variant: dataclasses.replace(task, **changes) for variant, changes in VARIANTS.items()}
-    settings = list(variants.values())
-    variants = {variant: changed for k, (variant, changed) in enumerate(variants.items()) if changed not in settings[:k]}
+    tasks = list(variants.values())
+    variants = {variant: changed for k, (variant, changed) in enumerate(variants.items()) if changed not in tasks[:k]}
     if variants.keys() | {PIXELS} <= known:
         return
     parent = subject(params, task.classifiers[0])
@@ -205,31 +205,31 @@ def add_run(path: Path, revision: str) -> list[str]:
     """Add scores of a pipeline's run, a git revision or a DVC experiment, to a table; returns the names of the generators added.
 
     A generator is added if every stage that it comes from had the same seed, and but for that the parameters that dvc.lock has here. Rows
-    of other parameters than those go. Raises `InputError` if the revision is unknown or has no such generator.
+    of other parameters than those go. The code is not compared: after a change of it, delete the table. Raises `InputError` if there is no
+    dvc.lock, or the revision is unknown or has no such generator.
     """
     import dvc.api
     from dvc.exceptions import DvcException
 
     try:
-        theirs, scores = (yaml.safe_load(dvc.api.read(name, rev=revision)) for name in ("dvc.lock", "reports/metrics.json"))
+        ours, theirs = (yaml.safe_load(dvc.api.read("dvc.lock", rev=commit)) for commit in (None, revision))
+        scores = json.loads(dvc.api.read("reports/metrics.json", rev=revision))
     except (DvcException, OSError) as error:
         raise InputError(f"{revision}: {error}") from error
-    ours = yaml.safe_load(Path("dvc.lock").read_text())
-    marks, rows = {}, []
+    rows = []
     for name, values in scores.items():
         here, there = (settings(lock, f"data/evaluations/{name}") for lock in (ours, theirs))
-        marks[name] = mark(here)
         seeds = {of_stage["seed"] for of_stage in there.values()}
-        if mark(there) == marks[name] and len(seeds) == 1:
-            rows.append(
-                {"variant": name, "seed": seeds.pop(), "params": marks[name]} | {k: v for k, v in values.items() if k != "baselines"}
-            )
+        if mark(there) == mark(here) and len(seeds) == 1:
+            kept = {key: value for key, value in values.items() if key != "baselines"}
+            rows.append({"variant": name, "seed": seeds.pop(), "params": mark(here)} | kept)
     if not rows:
         raise InputError(f"{revision} has no generator of one seed with the parameters that dvc.lock has here; run dvc repro in both")
     table = pd.DataFrame(rows)
     if path.is_file():
         known = load_table(path)
-        known = known.loc[[marks.get(name) == made for name, made in zip(known["variant"], known["params"], strict=True)]]
+        marks = {name: mark(settings(ours, f"data/evaluations/{name}")) for name in known["variant"]}
+        known = known.loc[known["params"] == known["variant"].map(marks)]
         replaced = known.set_index(["variant", "seed"]).index.isin(table.set_index(["variant", "seed"]).index)
         table = pd.concat([known.loc[~replaced], table])
     save_table(path, table)

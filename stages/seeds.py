@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
-from gbc.params import Params, run_stage
+from gbc.params import InputError, Params, load_params, run_stage
 
 
-def main(_: Params, revision: str) -> None:
+def main(params: Params, revision: str) -> None:
     """reports/metrics.json of <revision> → data/studies/seeds.csv: a row for every generator, in place of the one of its seed."""
     from gbc.studies import add_run
 
+    if params != load_params([]):
+        raise InputError("seeds.csv is for the parameters of params.yaml and dvc.lock; change them there, not here")
     print(f"{revision}: {', '.join(add_run(Path('data/studies/seeds.csv'), revision))}")
 
 

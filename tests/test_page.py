@@ -77,15 +77,15 @@ def test_an_ablation_is_shown_as_means_over_seeds():
     )
     shown = report.seed_means(table, report.SCORES)
     assert list(shown.index) == ["b", "a"]
-    assert shown.loc["b"].to_dict() == pytest.approx({"recall ratio": 1.5, "train/control AUC": 0.6, "±": 0.02**0.5})
+    assert shown.loc["b"].to_dict() == pytest.approx({"seeds": 2, "recall ratio": 1.5, "train/control AUC": 0.6, "±": 0.02**0.5})
 
 
 def test_seeds_are_shown_apart_for_images_and_points():
     rows: dict[str, Any] = {"variant": ["mnist", "toy"], "seed": 0}
     rows |= {"train_control_auc": [0.7, None], "points_hit": [None, 17.0], "kkt_residual": [0.2, 0.1]}
     shown = report.over_seeds(pd.concat([pd.DataFrame(rows), pd.DataFrame(rows | {"seed": 1, "points_hit": [None, 18.0]})]))
-    assert shown["images"].loc["mnist"].to_dict() == pytest.approx({"train/control AUC": 0.7, "±": 0.0, "residual": 0.2})
-    assert shown["points"].loc["toy"].to_dict() == pytest.approx({"training points hit": 17.5, "residual": 0.1})
+    assert shown["images"].loc["mnist"].to_dict() == pytest.approx({"seeds": 2, "train/control AUC": 0.7, "±": 0.0, "residual": 0.2})
+    assert shown["points"].loc["toy"].to_dict() == pytest.approx({"seeds": 2, "training points hit": 17.5, "residual": 0.1})
     assert list(report.over_seeds(pd.DataFrame(rows).head(1))) == ["images"]
 
 

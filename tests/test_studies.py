@@ -119,7 +119,9 @@ def test_scores_of_other_seeds_are_collected_from_git_and_dvc(project: Path):
     (folder / "reports/metrics.json").write_text(json.dumps(metrics))
     run("dvc", "exp", "save", "--name", "third", cwd=folder)
     change("seed", 3, "sample@toy_1")
-    run("git", "commit", "-qam", "one seed for the images, another for the rest", cwd=folder)
+    del metrics["toy_pair"]
+    (folder / "reports/metrics.json").write_text(json.dumps(metrics))
+    run("git", "commit", "-qam", "one seed for the images of toy_1, another for the rest; no toy_pair", cwd=folder)
     run("git", "tag", "mixed", cwd=folder)
     run("git", "reset", "-q", "--hard", "HEAD~1", cwd=folder)
     (folder / "data/studies/seeds.csv").unlink(missing_ok=True)
@@ -134,8 +136,12 @@ def test_scores_of_other_seeds_are_collected_from_git_and_dvc(project: Path):
     change("generator", {"noise": 5}, "train_single@faces")  # another generator of faces, of which the table has none yet
     assert collected("third") == ("third: toy_1, toy_pair", [(name, seed) for name in names[1:] for seed in (0, 3)])
     change("beta", 1.0, "train_single@faces", "train_single@toy_1", "train_multi@toy_pair")
-    refused = {"nothing": "nothing: unknown Git revision", "HEAD": "HEAD has no generator of one seed with the parameters"}
-    for revision, line in refused.items():
-        done = run("python", "-m", "stages.seeds", revision, cwd=folder, check=False)
+    refused = {
+        ("nothing",): "nothing: unknown Git revision",
+        ("HEAD",): "HEAD has no generator of one seed with the parameters",
+        ("HEAD", "beta=1"): "seeds.csv is for the parameters of params.yaml",
+    }
+    for arguments, line in refused.items():
+        done = run("python", "-m", "stages.seeds", *arguments, cwd=folder, check=False)
         assert done.returncode == 1
         assert done.stderr.strip().splitlines()[-1].startswith(f"error: {line}")

@@ -26,11 +26,11 @@ def random_network(architecture: str, hidden: Sequence[int]) -> tuple[Classifier
     return network, Homogeneity({name: 1 / 3 for name, _ in network.named_parameters()}, {}, 0, 0.0)
 
 
-def untrained(name: str) -> tuple[TrainParams, Classifier, Homogeneity]:
-    """The committed parameters of a generator born from one classifier, and a random classifier of the committed size."""
+def untrained() -> tuple[TrainParams, Classifier, Homogeneity]:
+    """The committed parameters of `mnist_plain`'s generator, and a random classifier of the committed size."""
     params = load_params([])
-    pretrain = params.pretrain[name]
-    return dataclasses.replace(params.train_single[name], length=1.0), *random_network(pretrain.architecture, pretrain.hidden)
+    pretrain = params.pretrain["mnist_plain"]
+    return dataclasses.replace(params.train_single["mnist_plain"], length=1.0), *random_network(pretrain.architecture, pretrain.hidden)
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from tests.benchmarks import untrained
 
 def seconds(steps: int) -> float:
     """What training took, all processes together."""
-    task, network, homogeneity = untrained("mnist_plain")
+    task, network, homogeneity = untrained()
     params = dataclasses.replace(load_params([]), steps=steps)
     with processes(torch.device("cpu")) as device:
         taken = train(params, task, [network], [homogeneity], device).seconds
