@@ -228,8 +228,11 @@ def ssim_distribution(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
     """Log-loss and smallest margin of every classifier's descent; oracle residuals of true and held-out images against the log-loss."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
     loss, margin, residual = figure.subplots(1, 3)
+    loss.set(xscale="log", yscale="symlog")
+    margin.set(xscale="log", yscale="symlog")
+    residual.set(xscale="symlog", yscale="log", ylim=(0.02, 1))
     curves = pd.concat([table.assign(classifier=name) for name, table in descents.items()])
     colors = dict(zip(descents, sns.color_palette("husl", len(descents)), strict=True))
     shared = {"hue": "classifier", "palette": colors, "linewidth": 1}
@@ -241,12 +244,12 @@ def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
     sns.lineplot(
         long.dropna(), x="log_loss", y="value", style="images", sort=False, estimator=None, marker=".", ax=residual, legend=False, **shared
     )
-    loss.set(ylabel="log-loss", xscale="log", yscale="symlog")
-    margin.set(ylabel="smallest margin", xscale="log", yscale="symlog")
+    loss.set(ylabel="log-loss")
+    margin.set(ylabel="smallest margin")
     residual.set(ylabel="oracle residual (on Z₁)", xlabel="log-loss", title="true solid, held-out dashed")
-    residual.set(xscale="symlog", yscale="log", ylim=(0.02, 1))
     residual.invert_xaxis()
-    loss.legend(fontsize=7)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
+    loss.get_legend().remove()
     for axes in figure.axes:
         axes.xaxis.set_minor_formatter(NullFormatter())
     return figure
