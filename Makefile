@@ -52,7 +52,7 @@ seeds: $(VENV)/installed
 	for seed in 1 2; do dvc exp list --name-only | grep -qx seed-$$seed || dvc exp run --temp --set-param seed=$$seed --name seed-$$seed; done
 	for revision in HEAD seed-1 seed-2; do python -m stages.seeds $$revision; done
 
-# Ten to a hundred images per class, and a quarter to twice the classifier's width, three seeds, for the report's figure: an hour.
+# Ten to a hundred images per class, and a quarter to twice the classifier's width, three seeds, for the report's figure: an hour and a half.
 scaling: $(VENV)/installed
 	python -m stages.scale mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' steps=300 evaluate.samples=1000
 

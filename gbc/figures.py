@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 
 from gbc.artifacts import write_bytes
@@ -283,6 +283,8 @@ def scaling(studies: Mapping[str, pd.DataFrame]) -> Figure:
             left.set(xlabel="training images N", ylabel=text, xscale="log", title=name)
             right.set(xlabel="weights per pixel of them, p/(dN)", xscale="log")
             right.legend()
+            for axes in (left, right):
+                axes.xaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_formatter=NullFormatter())
     return figure
 
 
