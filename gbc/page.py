@@ -221,7 +221,7 @@ def seed_means(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
     means = pd.DataFrame({key: table.groupby("variant", sort=False)[key].mean() for key in kept})
     means.insert(0, "seeds", table.groupby("variant").size())
     if "train_control_auc" in kept:
-        means.insert(means.columns.get_loc("train_control_auc") + 1, "±", table.groupby("variant")["train_control_auc"].std())
+        means.insert(list(means).index("train_control_auc") + 1, "±", table.groupby("variant")["train_control_auc"].std())
     return means.rename(columns=names)
 
 

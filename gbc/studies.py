@@ -229,7 +229,7 @@ def add_run(path: Path, revision: str) -> list[str]:
     if path.is_file():
         known = load_table(path)
         marks = {name: mark(settings(ours, f"data/evaluations/{name}")) for name in known["variant"]}
-        known = known.loc[known["params"] == known["variant"].map(marks)]
+        known = known.loc[known["params"] == known["variant"].map(marks.get)]
         replaced = known.set_index(["variant", "seed"]).index.isin(table.set_index(["variant", "seed"]).index)
         table = pd.concat([known.loc[~replaced], table])
     save_table(path, table)
