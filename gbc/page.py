@@ -209,7 +209,7 @@ def benchmarks_table(benchmarks: Mapping[str, Mapping[str, Any]]) -> pd.DataFram
     return pd.DataFrame(table).set_index("benchmark") if table else pd.DataFrame()
 
 
-def rank(name: str) -> int:
+def place(name: str) -> int:
     """Where a generator stands in the page; those that it does not know come last."""
     return [*ABOUT, name].index(name)
 
@@ -227,7 +227,7 @@ def seed_means(table: pd.DataFrame, names: Mapping[str, str]) -> pd.DataFrame:
 
 def over_seeds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """`seed_means` of a run with each of several seeds: the generators of images and those of points, where there are any."""
-    table = table.sort_values("variant", key=lambda names: names.map(rank), kind="stable")
+    table = table.sort_values("variant", key=lambda names: names.map(place), kind="stable")
     points = table.reindex(columns=["points_hit"])["points_hit"].notna()
     parts = {"images": (table.loc[~points], SCORES), "points": (table.loc[points], POINTS)}
     return {what: seed_means(part, names) for what, (part, names) in parts.items() if len(part)}
@@ -257,7 +257,7 @@ def render(
     studies: Mapping[str, pd.DataFrame],
 ) -> str:
     """The page. All mappings are by generator, classifier, figure or study."""
-    metrics = {name: metrics[name] for name in sorted(metrics, key=rank)}
+    metrics = {name: metrics[name] for name in sorted(metrics, key=place)}
     images = [name for name in metrics if "points_hit" not in metrics[name]]
     scores = pd.DataFrame({name: {key: value for key, value in values.items() if key != "baselines"} for name, values in metrics.items()}).T
     results = scores.loc[images].filter(list(SCORES)).rename(columns=SCORES)

@@ -141,7 +141,7 @@ def test_the_oracle_residual_is_small_for_the_training_points_and_smaller_with_w
 
 def test_weight_decay_ends_where_the_softmax_probabilities_are_the_multipliers():
     data, decay = clouds(), 1e-3
-    network, _, facts = pretrain(params(max_steps=400, weight_decay=decay, smoothing=30.0), data, 0, torch.device("cpu"))
+    network, curve, facts = pretrain(params(max_steps=400, weight_decay=decay, smoothing=30.0), data, 0, torch.device("cpu"))
     x, y = data["train_x"], data["train_y"]
     logits = network.train().set_gate(KINK)(x)
     zeta = list(network.parameters())
@@ -150,6 +150,7 @@ def test_weight_decay_ends_where_the_softmax_probabilities_are_the_multipliers()
     assert inner(error, error).sqrt() < 0.02 * inner(gradient, gradient).sqrt()
     assert facts["residual"] < 0.02
     assert facts["heldout_residual"] == pytest.approx(facts["everywhere"]["heldout_residual"])  # Z₁ is everything
+    assert curve["log_loss"].iloc[-1] < 0  # where the descent before L-BFGS stops
     first, bias, *others = (p.detach().square().sum().item() for p in zeta)  # each layer's ζ·∇ is Σ μ m there, so their norms are equal
     assert others == pytest.approx([first + bias] * len(others), rel=0.03)
 
