@@ -6,7 +6,8 @@ pass serves. Any other network's is differentiated twice. `kkt` holds the plain 
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -19,24 +20,9 @@ from gbc.distributed import gather, mean, moments, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
 
+BLOCK = 400  # neurons at a time
+NARROW = 16  # a layer so many times narrower than the one below sends δ back anew rather than keep what it sent
 TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite at its mean
-
-
-class _Gate(torch.autograd.Function):
-    """z → relu(z) and the smooth gate σ(sharpness·z), which is also the derivative that relu takes."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, sharpness: float | None) -> tuple[Tensor, Tensor]:
-        gate = (z > 0).to(z) if sharpness is None else (sharpness * z).sigmoid_()
-        ctx.save_for_backward(gate)
-        ctx.sharpness = sharpness or 0.0
-        return z.clamp_min(0), gate
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, value_slope: Tensor, gate_slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (gate,) = ctx.saved_tensors
-        return gate_slope.addcmul(gate_slope, gate, value=-1).mul_(ctx.sharpness).add_(value_slope).mul_(gate), None
 
 
 class _Normalise(torch.autograd.Function):
@@ -60,55 +46,146 @@ class _Normalise(torch.autograd.Function):
         return torch.addcmul(shift, normal_slope, scale).addcmul_(normal, stretch), None
 
 
-class _NormaliseBack(torch.autograd.Function):
-    """The way back through batch normalisation, ∂/∂output → ∂/∂z, with the sums over samples that are the slopes of its weight and bias.
+class Hidden(NamedTuple):
+    """A hidden layer from u, which is z or, under batch normalisation, z normalised; and the weights above it."""
 
-    `factor` is the inverse deviation times the weight.
+    above: nn.Linear
+    norm: nn.BatchNorm1d | None
+    sharpness: float | None
+
+    def before(self, u: Tensor, block: slice = slice(None)) -> Tensor:
+        """What enters the ReLU of these neurons."""
+        return u if self.norm is None else torch.addcmul(self.norm.bias[block], u, self.norm.weight[block])
+
+    def gate(self, y: Tensor) -> Tensor:
+        """The derivative that ReLU takes."""
+        return (y > 0).to(y) if self.sharpness is None else (self.sharpness * y).sigmoid_()
+
+    def down(self, y_slope: Tensor, block: slice) -> Tensor:
+        """∂/∂y → ∂/∂u."""
+        return y_slope if self.norm is None else y_slope.mul_(self.norm.weight[block])
+
+
+def blocks(width: int) -> list[slice]:
+    """The neurons of a layer, `BLOCK` at a time."""
+    return [slice(start, start + BLOCK) for start in range(0, width, BLOCK)]
+
+
+class _Gram(torch.autograd.Function):
+    """a → a aᵀ, of this process's samples by all. Its slope has to be symmetric, as that of ⟨δ δᵀ, a aᵀ⟩ is."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        everyone = gather(a)
+        ctx.save_for_backward(everyone)
+        return a @ everyone.T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+        (everyone,) = ctx.saved_tensors
+        return (2 * slope) @ everyone
+
+
+class _Ahead(torch.autograd.Function):
+    """u → the z of the layer above and, if `gram`, a aᵀ; keeps u alone."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, layer: Hidden, gram: bool) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(u)
+        ctx.layer, ctx.gram = layer, gram
+        z = u.new_zeros(len(u), layer.above.out_features) if layer.above.bias is None else layer.above.bias.repeat(len(u), 1)
+        seen = u.new_zeros(len(u), len(u) * ranks() * gram)
+        for block in blocks(u.shape[1]):
+            a = layer.before(u[:, block], block).clamp_min(0)
+            z.addmm_(a, layer.above.weight[:, block].T)
+            if gram:
+                seen.addmm_(a, gather(a).T)
+        return z, seen
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, z_slope: Tensor, seen_slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (u,), layer = ctx.saved_tensors, ctx.layer
+        u_slope = torch.empty_like(u)
+        for block in blocks(u.shape[1]):
+            y = layer.before(u[:, block], block)
+            push = z_slope @ layer.above.weight[:, block]
+            if ctx.gram:
+                push.addmm_(seen_slope, gather(y.clamp_min(0)), alpha=2)
+            layer.down(torch.mul(push, layer.gate(y), out=u_slope[:, block]), block)
+        return u_slope, None, None
+
+
+class _Back(torch.autograd.Function):
+    """u and δ of the layer above → δ = ∂/∂z or, if `gram`, δ δᵀ; δᵀ a of the weights above, if `outer`; and Σ d·u and Σ d over samples.
+
+    d = ∂/∂(what enters the ReLU). Without batch normalisation it is δ; with it, δ = (d − ⟨d⟩ − u·⟨d·u⟩)·factor, where factor is the inverse
+    deviation times the weight, and the sums are the slopes of its weight and bias.
     """
 
     @staticmethod
-    def forward(ctx: Any, delta: Tensor, normal: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        count = len(delta) * ranks()
-        along, slope = total((delta * normal).sum(0)), total(delta.sum(0))
-        ctx.save_for_backward(delta, normal, factor, along / count, slope / count)
-        return (delta - slope / count).addcmul_(normal, along / count, value=-1).mul_(factor), along, slope
+    def forward(ctx: Any, u: Tensor, above: Tensor, factor: Tensor | None, layer: Hidden, gram: bool, outer: bool) -> tuple[Tensor, ...]:
+        weight, count = layer.above.weight, len(u) * ranks()
+        kept = above @ weight if NARROW * len(weight) > weight.shape[1] else None
+        seen = u.new_zeros(len(u), count) if gram else torch.empty_like(u)
+        products, sums = weight.new_empty(weight.shape if outer else 0), u.new_empty(2, u.shape[1])
+        for block in blocks(u.shape[1]):
+            some, y = u[:, block], layer.before(u[:, block], block)
+            delta = (above @ weight[:, block] if kept is None else kept[:, block]) * layer.gate(y)
+            sums[:, block] = torch.stack([(delta * some).sum(0), delta.sum(0)])
+            if factor is not None:
+                along, slope = total(sums[:, block]) / count
+                delta = delta.sub_(slope).addcmul_(some, along, value=-1).mul_(factor[block])
+            if gram:
+                seen.addmm_(delta, gather(delta).T)
+            else:
+                seen[:, block] = delta
+            if outer:
+                products[:, block] = above.T @ y.clamp_min(0)
+        sums = total(sums)
+        ctx.save_for_backward(u, above, factor, kept, sums / count)
+        ctx.layer, ctx.gram, ctx.outer = layer, gram, outer
+        return seen, products, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, pull: Tensor, along_slope: Tensor, slope_slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        delta, normal, factor, along, slope = ctx.saved_tensors
-        count = len(delta) * ranks()
-        pull_along, pull_sum = (pull * normal).sum(0), pull.sum(0)
-        factor_slope = (pull * delta).sum(0) - slope * pull_sum - along * pull_along
-        along_slope = total(along_slope - factor * pull_along / count)
-        slope_slope = total(slope_slope - factor * pull_sum / count)
-        delta_slope = torch.addcmul(slope_slope, pull, factor).addcmul_(normal, along_slope)
-        return delta_slope, (delta * along_slope).addcmul_(pull, factor * along, value=-1), factor_slope
-
-
-class _GramNorm(torch.autograd.Function):
-    """This process's share of ‖δᵀa‖² = Σ_ij (δ_i·δ_j)(a_i·a_j), in four products with matrices of its samples by all samples."""
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor, a: Tensor) -> Tensor:
-        all_delta, all_a = gather(delta), gather(a)
-        gram_delta, gram_a = delta @ all_delta.T, a @ all_a.T
-        ctx.save_for_backward(all_delta, all_a, gram_delta, gram_a)
-        return (gram_delta * gram_a).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
-        all_delta, all_a, gram_delta, gram_a = ctx.saved_tensors
-        return (2 * slope * gram_a) @ all_delta, (2 * slope * gram_delta) @ all_a if ctx.needs_input_grad[1] else None
-
-
-def squared_norm(delta: Float[Tensor, "batch out"], a: Float[Tensor, "batch in"]) -> Float[Tensor, ""]:
-    """‖Σ_i δ_i a_iᵀ‖² over the samples of all processes: by Gram matrices, or by the outer products, whichever takes less arithmetic."""
-    samples, out, fan_in = len(delta) * ranks(), delta.shape[1], a.shape[1]
-    if 2 * samples * (out + fan_in) < 3 * out * fan_in:
-        return total(_GramNorm.apply(delta, a))
-    return total(delta.T @ a).square().sum()
+    def backward(ctx: Any, seen_slope: Tensor, products_slope: Tensor, sums_slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        u, above, factor, kept, means = ctx.saved_tensors
+        layer, weight, count = ctx.layer, ctx.layer.above.weight, len(u) * ranks()
+        u_slope, above_slope = torch.empty_like(u), torch.zeros_like(above)
+        kept_slope = torch.empty_like(kept) if kept is not None else None
+        factor_slope = torch.empty_like(u[0])
+        for block in blocks(u.shape[1]):
+            some, y = u[:, block], layer.before(u[:, block], block)
+            gate, pull = layer.gate(y), above @ weight[:, block] if kept is None else kept[:, block]
+            d, (along, slope), local = pull * gate, means[:, block], sums_slope[:, block]
+            push = seen_slope[:, block]
+            if ctx.gram:
+                delta = d if factor is None else (d - slope).addcmul_(some, along, value=-1).mul_(factor[block])
+                push = torch.mm(seen_slope, gather(delta)).mul_(2)
+            if factor is not None:
+                pulls = torch.stack([(push * some).sum(0), push.sum(0)])
+                factor_slope[block] = (push * d).sum(0) - (means[:, block] * pulls).sum(0)
+                push = push * factor[block]
+                local = local - factor[block] * pulls / count
+            stretch, shift = total(local)
+            d_slope, some_slope = (push + shift).addcmul_(some, stretch), d * stretch
+            if factor is not None:
+                some_slope.addcmul_(push, along, value=-1)
+            y_slope = torch.addcmul(gate, gate, gate, value=-1).mul_(pull).mul_(d_slope).mul_(layer.sharpness or 0.0)
+            if ctx.outer:
+                above_slope.addmm_(y.clamp_min(0), products_slope[:, block].T)
+                y_slope.addcmul_(above @ products_slope[:, block], gate)
+            torch.add(some_slope, layer.down(y_slope, block), out=u_slope[:, block])
+            pull_slope = d_slope.mul_(gate)
+            if kept_slope is None:
+                above_slope.addmm_(pull_slope, weight[:, block].T)
+            else:
+                kept_slope[:, block] = pull_slope
+        if kept_slope is not None:
+            above_slope.addmm_(kept_slope, weight.T)
+        return u_slope, above_slope, None if factor is None else factor_slope, None, None, None
 
 
 class Step(ABC):
@@ -200,43 +277,51 @@ class DoubleBackward(Step):
 class ClosedForm(Step):
     """For fully connected classifiers: back-propagation written out, so that no weight needs a gradient.
 
-    z_l = W_l a_{l−1} + b_l; δ_l = ∂(Σ μ m)/∂z_l; then ∇_{W_l} = δ_lᵀ a_{l−1}, whose product with W_l itself is Σ_i δ_i·(z_i − b).
+    z_l = W_l a_{l−1} + b_l; δ_l = ∂(Σ μ m)/∂z_l; then ∇_{W_l} = δ_lᵀ a_{l−1}, whose product with W_l itself is Σ_i δ_i·(z_i − b), and
+    whose square is ‖Σ_i δ_i a_iᵀ‖² = Σ_ij (δ_i·δ_j)(a_i·a_j): by outer products or by Gram matrices, whichever takes less arithmetic.
     """
 
     def __init__(self, network: Classifier, homogeneity: Homogeneity, gate: float | None):
         super().__init__(network, homogeneity, gate)
-        self.gate, self.z1 = gate, set(homogeneity.z1)
+        self.z1 = set(homogeneity.z1)
         self.size = inner(list(self.goal.values()), list(self.goal.values()))
         network.requires_grad_(False)
-        self.tape: list[tuple[str, nn.Module, tuple[Any, ...]]] = []  # of the forward pass, for the way back
+        children = [(f"layers.{name}", layer) for name, layer in network.layers.named_children()]
+        self.linears = [(name, layer) for name, layer in children if isinstance(layer, nn.Linear)]
+        after = [(name, layer) for (_, linear), (name, layer) in pairwise(children) if isinstance(linear, nn.Linear)]
+        self.norms = [(name, layer if isinstance(layer, nn.BatchNorm1d) else None) for name, layer in after]
+        self.hidden = [Hidden(above, norm, gate) for (_, above), (_, norm) in zip(self.linears[1:], self.norms, strict=True)]
+
+    def by_gram(self, layer: nn.Linear) -> bool:
+        """Whether Gram matrices of the batch take less arithmetic than outer products."""
+        fan_in, out = layer.in_features, layer.out_features
+        return 2 * len(self.features) * ranks() * (out + fan_in) < 3 * out * fan_in
 
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""
         self.moments.clear()
-        self.tape.clear()
-        self.features = x
-        for name, layer in self.network.layers.named_children():
-            if isinstance(layer, nn.Linear):
-                z = layer(x)
-                self.tape.append((name, layer, (x, z if f"layers.{name}.weight" in self.z1 else None)))
-                x = z
-            elif isinstance(layer, _BatchNorm):
-                normal, scale, average, variance = _Normalise.apply(x, layer.eps)
-                self.remember(layer, average, variance, len(x))
-                self.tape.append((name, layer, (normal, scale)))
-                x = torch.addcmul(layer.bias, normal, layer.weight)
-            elif isinstance(layer, SmoothGateReLU):
-                self.features = x
-                x, gate = _Gate.apply(x, self.gate)
-                self.tape.append((name, layer, (gate,)))
-            else:
-                x = layer(x)
-        return x
+        self.features = x = x.flatten(1)
+        self.tape: list[tuple[Tensor, Tensor | None]] = []  # of every hidden layer: u, and with batch normalisation its inverse deviation
+        first = self.linears[0][1]
+        z = first(x)
+        self.seen = [_Gram.apply(x) if self.by_gram(first) else x]  # of every layer's input a: a aᵀ, where its residual takes that
+        for layer in self.hidden:
+            scale = None
+            if layer.norm is not None:
+                z, scale, average, variance = _Normalise.apply(z, layer.norm.eps)
+                self.remember(layer.norm, average, variance, len(x))
+            self.tape.append((z, scale))
+            self.features = layer.before(z)
+            z, seen = _Ahead.apply(z, layer, self.by_gram(layer.above))
+            self.seen.append(seen)
+        self.last = z
+        return z
 
     def stationarity(self, own: Tensor, mu: Tensor) -> Tensor:
-        """By Gram matrices or outer products, layer by layer."""
+        """Layer by layer."""
         pull = mu.scatter(1, own[:, None], 0.0)
         delta = (-pull).scatter(1, own[:, None], pull.sum(1, keepdim=True))
+        along, slope = total(torch.stack([(delta * self.last).sum(0), delta.sum(0)]))
         product = norm = torch.zeros_like(self.size)
 
         def add(name: str, value: Tensor, slope: Tensor) -> None:
@@ -246,27 +331,30 @@ class ClosedForm(Step):
             if name in self.z1:
                 product = product + (value * slope).sum()
 
-        for name, layer, seen in reversed(self.tape):
-            weight, bias = f"layers.{name}.weight", f"layers.{name}.bias"
-            if isinstance(layer, nn.Linear):
-                x, z = seen
-                norm = norm + squared_norm(delta, x)
-                if weight in self.z1:
-                    product = product + total(torch.dot(delta.flatten(), z.flatten()))
-                if layer.bias is not None:
-                    slope = total(delta.sum(0))
-                    add(bias, layer.bias, slope)
-                    if weight in self.z1:
-                        product = product - (layer.bias * slope).sum()
-                if layer is not self.tape[0][1]:
-                    delta = delta @ layer.weight
-            elif isinstance(layer, _BatchNorm):
-                normal, scale = seen
-                delta, along, slope = _NormaliseBack.apply(delta, normal, scale * layer.weight)
-                add(weight, layer.weight, along)
-                add(bias, layer.bias, slope)
-            else:
-                delta = delta * seen[0]
+        for depth in reversed(range(len(self.linears))):
+            name, linear = self.linears[depth]
+            gram = self.by_gram(linear)
+            if gram:
+                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta)
+                norm = norm + total((pairs * self.seen[depth]).sum())
+            if f"{name}.weight" in self.z1:
+                product = product + along.sum()
+            if linear.bias is not None:
+                add(f"{name}.bias", linear.bias, slope)
+                if f"{name}.weight" in self.z1:
+                    product = product - (linear.bias * slope).sum()
+            if depth == 0:
+                norm = norm if gram else norm + total(delta.T @ self.seen[0]).square().sum()
+                continue
+            layer, (u, scale), norm_name = self.hidden[depth - 1], self.tape[depth - 1], self.norms[depth - 1][0]
+            factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
+            lowest = depth == 1 and self.by_gram(self.linears[0][1])
+            delta, products, (along, slope) = _Back.apply(u, delta, factor, layer, lowest, not gram)
+            norm = norm if gram else norm + total(products).square().sum()
+            if layer.norm is not None and scale is not None:
+                add(f"{norm_name}.weight", layer.norm.weight, along)
+                add(f"{norm_name}.bias", layer.norm.bias, slope)
+                along = layer.norm.weight * along * layer.norm.eps * scale.square()
         return relative_residual(product, self.size, norm)
 
 

@@ -1,5 +1,7 @@
 """The step in closed form and in chunks against autograd's double backward, to rounding."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from gbc.classifier import Classifier, SmoothGateReLU
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import margin_gradient, stationarity, target
-from gbc.step import TINY_SPREAD, ClosedForm, DoubleBackward, chunked_stationarity, squared_norm, step_of
+from gbc.step import TINY_SPREAD, ClosedForm, DoubleBackward, chunked_stationarity, step_of
 
 PERCEPTRONS = ["homogeneous", "biased", "batchnorm"]
 
@@ -41,10 +43,10 @@ def reference(net: Classifier, homogeneity: Homogeneity, gate: float | None, x: 
     return residual.detach(), *torch.autograd.grad(residual, (x, mu))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=100)
 @given(
     architecture=st.sampled_from(PERCEPTRONS),
-    hidden=st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    hidden=st.lists(st.integers(2, 40), max_size=3),
     samples=st.integers(2, 60),
     gate=st.sampled_from([None, 1.0, 50.0]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
@@ -57,11 +59,13 @@ def test_the_closed_form_equals_the_double_backward(architecture, hidden, sample
     expected = reference(net, homogeneity, gate, x, own, mu)
     step = step_of(net, homogeneity, gate)
     assert isinstance(step, ClosedForm)
-    torch.testing.assert_close(step.logits(x), net(x))
-    residual = step.stationarity(own, mu)
+    with mock.patch.multiple("gbc.step", BLOCK=16, NARROW=2):  # several blocks, and layers on either side of narrow
+        torch.testing.assert_close(step.logits(x), net(x))
+        residual = step.stationarity(own, mu)
+        found = residual.detach(), *torch.autograd.grad(residual, (x, mu))
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
-    for found, slow in zip((residual.detach(), *torch.autograd.grad(residual, (x, mu))), expected, strict=True):
-        assert (found - slow).norm() <= tolerance * max(slow.norm().item(), 1e-3)
+    for fast, slow in zip(found, expected, strict=True):
+        assert (fast - slow).norm() <= tolerance * max(slow.norm().item(), 1e-3)
 
 
 @pytest.mark.parametrize("architecture", [*PERCEPTRONS, "convolutional", "residual"])
@@ -114,15 +118,6 @@ def test_collapse_is_the_distance_from_the_mean_of_the_class(architecture: str):
     twins = x.detach()[own]  # the samples of a class all equal: collapsed
     step.logits(twins)
     assert step.collapse(own).item() == pytest.approx(TINY_SPREAD**0.5)
-
-
-@pytest.mark.parametrize(("samples", "out", "fan_in"), [(3, 40, 50), (60, 4, 5)])
-def test_the_squared_norm_of_outer_products_is_the_same_both_ways(samples: int, out: int, fan_in: int):
-    rng = torch.Generator().manual_seed(0)
-    delta, a = (torch.randn(samples, n, generator=rng, dtype=torch.float64).requires_grad_() for n in (out, fan_in))
-    assert torch.autograd.gradcheck(squared_norm, (delta, a))
-    slow = torch.stack([torch.outer(d, v) for d, v in zip(delta, a, strict=True)]).sum(0).square().sum()
-    torch.testing.assert_close(squared_norm(delta, a), slow)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the CUDA path was never run on real hardware")
