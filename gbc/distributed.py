@@ -3,12 +3,16 @@
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
+
+SMALL = 2**16  # numbers; a sum of so few takes half the time if every process gathers all parts and adds
 
 
 def ranks() -> int:
@@ -42,6 +46,8 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, part: Tensor) -> Tensor:
+        if part.numel() <= SMALL:
+            return gather(part[None]).sum(0)
         total = part.clone()
         dist.all_reduce(total)
         return total
@@ -59,13 +65,6 @@ def total(part: Tensor) -> Tensor:
 def mean(part: Tensor) -> Tensor:
     """Mean over the samples, the first dimension, of all processes; each has as many."""
     return total(part.sum(0)) / (len(part) * ranks())
-
-
-def moments(samples: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance over the samples, the first dimension, of all processes, and this process's samples less the mean."""
-    average = mean(samples)
-    centred = samples - average
-    return average, mean(centred.square()), centred
 
 
 def share(whole: Tensor) -> Tensor:
@@ -94,25 +93,61 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
+class _Normalise(torch.autograd.Function):
+    """`normalise`, in one message each way, and differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        samples, wide = [0, *range(2, z.ndim)], (-1, *[1] * (z.ndim - 2))
+        average = z.mean(samples)
+        centred = z - average.view(wide)
+        variance = centred.square().mean(samples)
+        if ranks() > 1:
+            averages, variances = gather(torch.stack([average, variance])[None]).unbind(1)
+            centred.add_((average - averages.mean(0)).view(wide))
+            average = averages.mean(0)
+            variance = (variances + (averages - average).square()).mean(0)
+        scale = (variance + eps).rsqrt()
+        normal = centred.mul_(scale.view(wide))
+        ctx.save_for_backward(normal, scale)
+        return normal, scale, average, variance
+
+    @staticmethod
+    def backward(ctx: Any, normal_slope: Tensor, scale_slope: Tensor, average_slope: Tensor, variance_slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        normal, scale = ctx.saved_tensors
+        samples, wide = [0, *range(2, normal.ndim)], (-1, *[1] * (normal.ndim - 2))
+        count = normal.numel() / len(scale) * ranks()
+        shift = average_slope - scale * normal_slope.sum(samples)
+        stretch = 2 * variance_slope / scale - scale**2 * scale_slope - scale * (normal_slope * normal).sum(samples)
+        shift, stretch = total(torch.stack([shift, stretch])) / count
+        return torch.addcmul(shift.view(wide), normal_slope, scale.view(wide)) + normal * stretch.view(wide), None
+
+
+def normalise(
+    z: Float[Tensor, "samples channels *sides"], eps: float
+) -> tuple[Float[Tensor, "samples channels *sides"], Float[Tensor, " channels"], Float[Tensor, " channels"], Float[Tensor, " channels"]]:
+    """What batch normalisation makes of z before its weight and bias, over the samples of all processes; and the inverse deviation, mean and biased variance."""
+    return _Normalise.apply(z, eps)
+
+
 class _Shared(_BatchNorm):
     """Batch normalisation whose batch is that of all processes; `SyncBatchNorm` has no CPU version."""
 
     def forward(self, input: Tensor) -> Tensor:
         if ranks() == 1 or not self.training:
             return super().forward(input)
-        channels_last = input.movedim(1, -1)
-        average, variance, centred = moments(channels_last.flatten(0, -2))
+        normal, _, average, variance = normalise(input, self.eps)
         if self.track_running_stats:
             assert self.running_mean is not None
             assert self.running_var is not None
             assert self.num_batches_tracked is not None
             assert self.momentum is not None
-            count = len(centred) * ranks()
+            count = input.numel() // len(average) * ranks()
             self.running_mean.lerp_(average.detach(), self.momentum)
             self.running_var.lerp_(variance.detach() * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
-        normal = centred * (variance + self.eps).rsqrt()
-        return torch.addcmul(self.bias, normal, self.weight).view_as(channels_last).movedim(-1, 1)
+        wide = (-1, *[1] * (input.ndim - 2))
+        return torch.addcmul(self.bias.view(wide), normal, self.weight.view(wide))
 
 
 class BatchNorm1d(_Shared, nn.BatchNorm1d):

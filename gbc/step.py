@@ -16,34 +16,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import gather, mean, moments, ranks, total
+from gbc.distributed import gather, mean, normalise, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
 
 BLOCK = 400  # neurons at a time
 NARROW = 16  # a layer so many times narrower than the one below sends δ back anew rather than keep what it sent
 TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite at its mean
-
-
-class _Normalise(torch.autograd.Function):
-    """z → what batch normalisation makes of it before its weight and bias, with its inverse deviation, mean and variance."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        average, variance, centred = moments(z)
-        scale = (variance + eps).rsqrt()
-        normal = centred.mul_(scale)
-        ctx.save_for_backward(normal, scale)
-        return normal, scale, average, variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, normal_slope: Tensor, scale_slope: Tensor, average_slope: Tensor, variance_slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        normal, scale = ctx.saved_tensors
-        count = len(normal) * ranks()
-        shift = total(average_slope - scale * normal_slope.sum(0)) / count
-        stretch = total(2 * variance_slope / scale - scale**2 * scale_slope - scale * (normal_slope * normal).sum(0)) / count
-        return torch.addcmul(shift, normal_slope, scale).addcmul_(normal, stretch), None
 
 
 class Hidden(NamedTuple):
@@ -156,10 +135,12 @@ class _Back(torch.autograd.Function):
         u_slope, above_slope = torch.empty_like(u), torch.zeros_like(above)
         kept_slope = torch.empty_like(kept) if kept is not None else None
         factor_slope = torch.empty_like(u[0])
+        if factor is None:
+            sums_slope = total(sums_slope)
         for block in blocks(u.shape[1]):
             some, y = u[:, block], layer.before(u[:, block], block)
             gate, pull = layer.gate(y), above @ weight[:, block] if kept is None else kept[:, block]
-            d, (along, slope), local = pull * gate, means[:, block], sums_slope[:, block]
+            d, (along, slope), (stretch, shift) = pull * gate, means[:, block], sums_slope[:, block]
             push = seen_slope[:, block]
             if ctx.gram:
                 delta = d if factor is None else (d - slope).addcmul_(some, along, value=-1).mul_(factor[block])
@@ -168,8 +149,7 @@ class _Back(torch.autograd.Function):
                 pulls = torch.stack([(push * some).sum(0), push.sum(0)])
                 factor_slope[block] = (push * d).sum(0) - (means[:, block] * pulls).sum(0)
                 push = push * factor[block]
-                local = local - factor[block] * pulls / count
-            stretch, shift = total(local)
+                stretch, shift = total(sums_slope[:, block] - factor[block] * pulls / count)
             d_slope, some_slope = (push + shift).addcmul_(some, stretch), d * stretch
             if factor is not None:
                 some_slope.addcmul_(push, along, value=-1)
@@ -235,10 +215,13 @@ class Step(ABC):
         Features are what enters the last ReLU. Deep in training they collapse: one point for all training images of
         a class (Papyan et al. 2020), but not for other images of it.
         """
-        _, variance, centred = moments(self.features.flatten(1))
-        member = nn.functional.one_hot(own, len(self.labels)).to(centred)
-        means = total(member.T @ centred) / total(member.sum(0)).clamp_min(1)[:, None]
-        spread = (centred - means[own]).square().sum(1) / variance.sum()
+        features = self.features.flatten(1)
+        member = nn.functional.one_hot(own, len(self.labels)).to(features)
+        sums, sizes = total(torch.cat([member.T @ features, member.sum(0)[:, None]], 1)).split([features.shape[1], 1], 1)
+        means, shares = sums / sizes.clamp_min(1), sizes / sizes.sum()
+        between = (shares * (means - (shares * means).sum(0)).square()).sum()
+        within = (features - means[own]).square().sum(1)
+        spread = within / (mean(within) + between)
         return mean((spread + TINY_SPREAD).sqrt())
 
 
@@ -258,8 +241,9 @@ class DoubleBackward(Step):
 
     def _remember(self, module: nn.Module, arguments: tuple[Tensor]) -> None:
         assert isinstance(module, _BatchNorm)
-        average, variance, centred = moments(arguments[0].movedim(1, -1).flatten(0, -2))
-        self.remember(module, average, variance, len(centred))
+        (z,) = arguments
+        _, _, average, variance = normalise(z, module.eps)
+        self.remember(module, average, variance, z.numel() // len(average))
 
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""
@@ -308,7 +292,7 @@ class ClosedForm(Step):
         for layer in self.hidden:
             scale = None
             if layer.norm is not None:
-                z, scale, average, variance = _Normalise.apply(z, layer.norm.eps)
+                z, scale, average, variance = normalise(z, layer.norm.eps)
                 self.remember(layer.norm, average, variance, len(x))
             self.tape.append((z, scale))
             self.features = layer.before(z)
