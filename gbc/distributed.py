@@ -126,7 +126,10 @@ class _Normalise(torch.autograd.Function):
 def normalise(
     z: Float[Tensor, "samples channels *sides"], eps: float
 ) -> tuple[Float[Tensor, "samples channels *sides"], Float[Tensor, " channels"], Float[Tensor, " channels"], Float[Tensor, " channels"]]:
-    """What batch normalisation makes of z before its weight and bias, over the samples of all processes; and the inverse deviation, mean and biased variance."""
+    """What batch normalisation makes of z before its weight and bias, and the inverse deviation, mean and biased variance of each channel.
+
+    Over the samples of all processes.
+    """
     return _Normalise.apply(z, eps)
 
 

@@ -20,15 +20,38 @@ from gbc.distributed import gather, mean, normalise, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
 
-BLOCK = 400  # neurons at a time
+BLOCK = 240_000  # numbers at a time: so many neurons times samples
 NARROW = 16  # a layer so many times narrower than the one below sends δ back anew rather than keep what it sent
 TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite at its mean
+
+
+def factor_type(weight: Tensor) -> torch.dtype:
+    """Of the factors of large products: bfloat16 where "medium" precision asks for it and the CPU has it, otherwise the weight's own.
+
+    From float32, a CPU's product would convert the weights anew each time, which takes as long as the product.
+    """
+    medium = torch.get_float32_matmul_precision() == "medium" and weight.dtype == torch.float32
+    return torch.bfloat16 if medium and weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else weight.dtype
+
+
+def multiply(a: Tensor, b: Tensor, factors: torch.dtype) -> Tensor:
+    """The matrix a b, from factors of that type."""
+    return (a.to(factors) @ b.to(factors)).to(a.dtype)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, factors: torch.dtype, times: float = 1.0) -> None:
+    """Add the matrix a b, from factors of that type, to `out`."""
+    if factors == out.dtype:
+        out.addmm_(a, b, alpha=times)
+    else:
+        out.add_(a.to(factors) @ b.to(factors), alpha=times)
 
 
 class Hidden(NamedTuple):
     """A hidden layer from u, which is z or, under batch normalisation, z normalised; and the weights above it."""
 
-    above: nn.Linear
+    weight: Tensor
+    bias: Tensor | None
     norm: nn.BatchNorm1d | None
     sharpness: float | None
 
@@ -45,25 +68,26 @@ class Hidden(NamedTuple):
         return y_slope if self.norm is None else y_slope.mul_(self.norm.weight[block])
 
 
-def blocks(width: int) -> list[slice]:
-    """The neurons of a layer, `BLOCK` at a time."""
-    return [slice(start, start + BLOCK) for start in range(0, width, BLOCK)]
+def blocks(u: Tensor) -> list[slice]:
+    """A layer's neurons, `BLOCK` numbers of u at a time."""
+    width = max(1, BLOCK // len(u))
+    return [slice(start, start + width) for start in range(0, u.shape[1], width)]
 
 
 class _Gram(torch.autograd.Function):
     """a → a aᵀ, of this process's samples by all. Its slope has to be symmetric, as that of ⟨δ δᵀ, a aᵀ⟩ is."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor) -> Tensor:
-        everyone = gather(a)
+    def forward(ctx: Any, a: Tensor, factors: torch.dtype) -> Tensor:
+        everyone = gather(a.to(factors))
         ctx.save_for_backward(everyone)
-        return a @ everyone.T
+        return multiply(a, everyone.T, factors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (everyone,) = ctx.saved_tensors
-        return (2 * slope) @ everyone
+        return multiply(2 * slope, everyone, everyone.dtype), None
 
 
 class _Ahead(torch.autograd.Function):
@@ -72,26 +96,26 @@ class _Ahead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, layer: Hidden, gram: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(u)
-        ctx.layer, ctx.gram = layer, gram
-        z = u.new_zeros(len(u), layer.above.out_features) if layer.above.bias is None else layer.above.bias.repeat(len(u), 1)
+        ctx.layer, ctx.gram, factors = layer, gram, layer.weight.dtype
+        z = u.new_zeros(len(u), len(layer.weight)) if layer.bias is None else layer.bias.repeat(len(u), 1)
         seen = u.new_zeros(len(u), len(u) * ranks() * gram)
-        for block in blocks(u.shape[1]):
+        for block in blocks(u):
             a = layer.before(u[:, block], block).clamp_min(0)
-            z.addmm_(a, layer.above.weight[:, block].T)
+            add_product(z, a, layer.weight[:, block].T, factors)
             if gram:
-                seen.addmm_(a, gather(a).T)
+                add_product(seen, a, gather(a).T, factors)
         return z, seen
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, z_slope: Tensor, seen_slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (u,), layer = ctx.saved_tensors, ctx.layer
+        (u,), layer, factors = ctx.saved_tensors, ctx.layer, ctx.layer.weight.dtype
         u_slope = torch.empty_like(u)
-        for block in blocks(u.shape[1]):
+        for block in blocks(u):
             y = layer.before(u[:, block], block)
-            push = z_slope @ layer.above.weight[:, block]
+            push = multiply(z_slope, layer.weight[:, block], factors)
             if ctx.gram:
-                push.addmm_(seen_slope, gather(y.clamp_min(0)), alpha=2)
+                add_product(push, seen_slope, gather(y.clamp_min(0)), factors, 2.0)
             layer.down(torch.mul(push, layer.gate(y), out=u_slope[:, block]), block)
         return u_slope, None, None
 
@@ -105,23 +129,23 @@ class _Back(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, above: Tensor, factor: Tensor | None, layer: Hidden, gram: bool, outer: bool) -> tuple[Tensor, ...]:
-        weight, count = layer.above.weight, len(u) * ranks()
-        kept = above @ weight if NARROW * len(weight) > weight.shape[1] else None
+        weight, factors, count = layer.weight, layer.weight.dtype, len(u) * ranks()
+        kept = multiply(above, weight, factors) if NARROW * len(weight) > weight.shape[1] else None
         seen = u.new_zeros(len(u), count) if gram else torch.empty_like(u)
-        products, sums = weight.new_empty(weight.shape if outer else 0), u.new_empty(2, u.shape[1])
-        for block in blocks(u.shape[1]):
+        products, sums = u.new_empty(weight.shape if outer else 0), u.new_empty(2, u.shape[1])
+        for block in blocks(u):
             some, y = u[:, block], layer.before(u[:, block], block)
-            delta = (above @ weight[:, block] if kept is None else kept[:, block]) * layer.gate(y)
+            delta = (multiply(above, weight[:, block], factors) if kept is None else kept[:, block]) * layer.gate(y)
             sums[:, block] = torch.stack([(delta * some).sum(0), delta.sum(0)])
             if factor is not None:
                 along, slope = total(sums[:, block]) / count
                 delta = delta.sub_(slope).addcmul_(some, along, value=-1).mul_(factor[block])
             if gram:
-                seen.addmm_(delta, gather(delta).T)
+                add_product(seen, delta, gather(delta).T, factors)
             else:
                 seen[:, block] = delta
             if outer:
-                products[:, block] = above.T @ y.clamp_min(0)
+                products[:, block] = multiply(above.T, y.clamp_min(0), factors)
         sums = total(sums)
         ctx.save_for_backward(u, above, factor, kept, sums / count)
         ctx.layer, ctx.gram, ctx.outer = layer, gram, outer
@@ -131,20 +155,20 @@ class _Back(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, seen_slope: Tensor, products_slope: Tensor, sums_slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, above, factor, kept, means = ctx.saved_tensors
-        layer, weight, count = ctx.layer, ctx.layer.above.weight, len(u) * ranks()
+        layer, weight, factors, count = ctx.layer, ctx.layer.weight, ctx.layer.weight.dtype, len(u) * ranks()
         u_slope, above_slope = torch.empty_like(u), torch.zeros_like(above)
         kept_slope = torch.empty_like(kept) if kept is not None else None
-        factor_slope = torch.empty_like(u[0])
+        factor_slope, twice = torch.empty_like(u[0]), 2 * seen_slope if ctx.gram else seen_slope
         if factor is None:
             sums_slope = total(sums_slope)
-        for block in blocks(u.shape[1]):
+        for block in blocks(u):
             some, y = u[:, block], layer.before(u[:, block], block)
-            gate, pull = layer.gate(y), above @ weight[:, block] if kept is None else kept[:, block]
+            gate, pull = layer.gate(y), multiply(above, weight[:, block], factors) if kept is None else kept[:, block]
             d, (along, slope), (stretch, shift) = pull * gate, means[:, block], sums_slope[:, block]
             push = seen_slope[:, block]
             if ctx.gram:
                 delta = d if factor is None else (d - slope).addcmul_(some, along, value=-1).mul_(factor[block])
-                push = torch.mm(seen_slope, gather(delta)).mul_(2)
+                push = multiply(twice, gather(delta), factors)
             if factor is not None:
                 pulls = torch.stack([(push * some).sum(0), push.sum(0)])
                 factor_slope[block] = (push * d).sum(0) - (means[:, block] * pulls).sum(0)
@@ -153,18 +177,18 @@ class _Back(torch.autograd.Function):
             d_slope, some_slope = (push + shift).addcmul_(some, stretch), d * stretch
             if factor is not None:
                 some_slope.addcmul_(push, along, value=-1)
-            y_slope = torch.addcmul(gate, gate, gate, value=-1).mul_(pull).mul_(d_slope).mul_(layer.sharpness or 0.0)
+            y_slope = torch.ops.aten.sigmoid_backward(pull.mul(d_slope), gate).mul_(layer.sharpness or 0.0)
             if ctx.outer:
-                above_slope.addmm_(y.clamp_min(0), products_slope[:, block].T)
-                y_slope.addcmul_(above @ products_slope[:, block], gate)
+                add_product(above_slope, y.clamp_min(0), products_slope[:, block].T, factors)
+                y_slope.addcmul_(multiply(above, products_slope[:, block], factors), gate)
             torch.add(some_slope, layer.down(y_slope, block), out=u_slope[:, block])
             pull_slope = d_slope.mul_(gate)
             if kept_slope is None:
-                above_slope.addmm_(pull_slope, weight[:, block].T)
+                add_product(above_slope, pull_slope, weight[:, block].T, factors)
             else:
                 kept_slope[:, block] = pull_slope
         if kept_slope is not None:
-            above_slope.addmm_(kept_slope, weight.T)
+            add_product(above_slope, kept_slope, weight.T, factors)
         return u_slope, above_slope, None if factor is None else factor_slope, None, None, None
 
 
@@ -274,7 +298,10 @@ class ClosedForm(Step):
         self.linears = [(name, layer) for name, layer in children if isinstance(layer, nn.Linear)]
         after = [(name, layer) for (_, linear), (name, layer) in pairwise(children) if isinstance(linear, nn.Linear)]
         self.norms = [(name, layer if isinstance(layer, nn.BatchNorm1d) else None) for name, layer in after]
-        self.hidden = [Hidden(above, norm, gate) for (_, above), (_, norm) in zip(self.linears[1:], self.norms, strict=True)]
+        weights = [layer.weight.to(factor_type(layer.weight)) for _, layer in self.linears]
+        biases = [layer.bias for _, layer in self.linears]
+        self.first = weights[0], biases[0] if biases[0] is None else biases[0].to(weights[0].dtype)
+        self.hidden = [Hidden(w, b, norm, gate) for w, b, (_, norm) in zip(weights[1:], biases[1:], self.norms, strict=True)]
 
     def by_gram(self, layer: nn.Linear) -> bool:
         """Whether Gram matrices of the batch take less arithmetic than outer products."""
@@ -286,17 +313,20 @@ class ClosedForm(Step):
         self.moments.clear()
         self.features = x = x.flatten(1)
         self.tape: list[tuple[Tensor, Tensor | None]] = []  # of every hidden layer: u, and with batch normalisation its inverse deviation
-        first = self.linears[0][1]
-        z = first(x)
-        self.seen = [_Gram.apply(x) if self.by_gram(first) else x]  # of every layer's input a: a aᵀ, where its residual takes that
-        for layer in self.hidden:
+        (_, lowest), *others = self.linears
+        weight, bias = self.first
+        z = nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+        self.seen = [
+            _Gram.apply(x, weight.dtype) if self.by_gram(lowest) else x
+        ]  # of every layer's input a: a aᵀ, where the residual takes it
+        for layer, (_, above) in zip(self.hidden, others, strict=True):
             scale = None
             if layer.norm is not None:
                 z, scale, average, variance = normalise(z, layer.norm.eps)
                 self.remember(layer.norm, average, variance, len(x))
             self.tape.append((z, scale))
             self.features = layer.before(z)
-            z, seen = _Ahead.apply(z, layer, self.by_gram(layer.above))
+            z, seen = _Ahead.apply(z, layer, self.by_gram(above))
             self.seen.append(seen)
         self.last = z
         return z
@@ -319,7 +349,7 @@ class ClosedForm(Step):
             name, linear = self.linears[depth]
             gram = self.by_gram(linear)
             if gram:
-                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta)
+                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.first[0].dtype)
                 norm = norm + total((pairs * self.seen[depth]).sum())
             if f"{name}.weight" in self.z1:
                 product = product + along.sum()
@@ -328,7 +358,7 @@ class ClosedForm(Step):
                 if f"{name}.weight" in self.z1:
                     product = product - (linear.bias * slope).sum()
             if depth == 0:
-                norm = norm if gram else norm + total(delta.T @ self.seen[0]).square().sum()
+                norm = norm if gram else norm + total(multiply(delta.T, self.seen[0], self.first[0].dtype)).square().sum()
                 continue
             layer, (u, scale), norm_name = self.hidden[depth - 1], self.tape[depth - 1], self.norms[depth - 1][0]
             factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
