@@ -8,21 +8,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gbc.precision import factor_type
+
 
 def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
     """About U Vᵀ of the singular value decomposition U S Vᵀ: singular values between 0.7 and 1.2, by five Newton–Schulz iterations."""
     wide = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    wide = wide / wide.norm().clamp_min(1e-7)
+    wide = (wide / wide.norm().clamp_min(1e-7)).to(factor_type(matrix))
     for _ in range(5):
         gram = wide @ wide.T
         wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
-    return wide.T if len(matrix) > matrix.shape[1] else wide
+    return (wide.T if len(matrix) > matrix.shape[1] else wide).to(matrix.dtype)
 
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for matrices (Jordan et al. 2024), with steps of the size that Adam's would have (Liu et al. 2025).
 
-    `torch.optim.Muon` is the same in bfloat16, which makes a training step twice as long on a CPU.
+    `torch.optim.Muon` is the same in bfloat16 always, which makes a training step twice as long on a CPU without it.
     """
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95):

@@ -19,32 +19,11 @@ from gbc.classifier import Classifier, SmoothGateReLU
 from gbc.distributed import gather, mean, normalise, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
+from gbc.precision import add_product, factor_type, multiply
 
 BLOCK = 240_000  # numbers at a time: so many neurons times samples
 NARROW = 16  # a layer so many times narrower than the one below sends δ back anew rather than keep what it sent
 TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite at its mean
-
-
-def factor_type(weight: Tensor) -> torch.dtype:
-    """Of the factors of large products: bfloat16 where "medium" precision asks for it and the CPU has it, otherwise the weight's own.
-
-    From float32, a CPU's product would convert the weights anew each time, which takes as long as the product.
-    """
-    medium = torch.get_float32_matmul_precision() == "medium" and weight.dtype == torch.float32
-    return torch.bfloat16 if medium and weight.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported() else weight.dtype
-
-
-def multiply(a: Tensor, b: Tensor, factors: torch.dtype) -> Tensor:
-    """The matrix a b, from factors of that type."""
-    return (a.to(factors) @ b.to(factors)).to(a.dtype)
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor, factors: torch.dtype, times: float = 1.0) -> None:
-    """Add the matrix a b, from factors of that type, to `out`."""
-    if factors == out.dtype:
-        out.addmm_(a, b, alpha=times)
-    else:
-        out.add_(a.to(factors) @ b.to(factors), alpha=times)
 
 
 class Hidden(NamedTuple):

@@ -120,6 +120,25 @@ def test_collapse_is_the_distance_from_the_mean_of_the_class(architecture: str):
     assert step.collapse(own).item() == pytest.approx(TINY_SPREAD**0.5)
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="needs a CPU that multiplies bfloat16")
+@pytest.mark.parametrize("architecture", PERCEPTRONS)
+def test_medium_precision_changes_the_gradient_by_a_few_hundredths(architecture: str):
+    net = Classifier(architecture, (784,), (200, 300), (0, 1, 2))
+    net.initialise(torch.Generator().manual_seed(0), 1.0, 1.0)
+    x, _, mu = batch(net, 30, torch.float32)
+    own = net(x).argmax(1)  # positive margins: elsewhere the residual may be flat
+    found = {}
+    for precision in ("highest", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        step = step_of(net, everywhere(net), 50.0)
+        step.logits(x)
+        residual = step.stationarity(own, mu)
+        found[precision] = residual.detach(), *torch.autograd.grad(residual, (x, mu))
+    torch.set_float32_matmul_precision("highest")
+    for exact, coarse in zip(*found.values(), strict=True):
+        assert 0 < (exact - coarse).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the CUDA path was never run on real hardware")
 def test_the_step_on_cuda_equals_the_one_on_the_cpu():
     net = network("batchnorm", (6, 5), torch.float64)
