@@ -144,7 +144,7 @@ class _Back(torch.autograd.Function):
             some, y = u[:, block], layer.before(u[:, block], block)
             gate, pull = layer.gate(y), multiply(above, weight[:, block], factors) if kept is None else kept[:, block]
             d, (along, slope), (stretch, shift) = pull * gate, means[:, block], sums_slope[:, block]
-            push = seen_slope[:, block]
+            push = seen_slope[:, block]  # ∂/∂δ
             if ctx.gram:
                 delta = d if factor is None else (d - slope).addcmul_(some, along, value=-1).mul_(factor[block])
                 push = multiply(twice, gather(delta), factors)
@@ -156,6 +156,7 @@ class _Back(torch.autograd.Function):
             d_slope, some_slope = (push + shift).addcmul_(some, stretch), d * stretch
             if factor is not None:
                 some_slope.addcmul_(push, along, value=-1)
+            # d = pull · gate(y)
             y_slope = torch.ops.aten.sigmoid_backward(pull.mul(d_slope), gate).mul_(layer.sharpness or 0.0)
             if ctx.outer:
                 add_product(above_slope, y.clamp_min(0), products_slope[:, block].T, factors)
