@@ -14,12 +14,12 @@ def factor_type(weight: Tensor) -> torch.dtype:
 
 
 def multiply(a: Tensor, b: Tensor, factors: torch.dtype) -> Tensor:
-    """The matrix a b, from factors of that type."""
+    """The matrix a b from factors of that type, and rounded to it."""
     return (a.to(factors) @ b.to(factors)).to(a.dtype)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, factors: torch.dtype, times: float = 1.0) -> None:
-    """Add the matrix a b, from factors of that type, to `out`."""
+    """Add the matrix a b, from factors of that type and rounded to it, to `out`."""
     if factors == out.dtype:
         out.addmm_(a, b, alpha=times)
     else:

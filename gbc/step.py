@@ -29,8 +29,8 @@ TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite 
 class Hidden(NamedTuple):
     """A hidden layer from u, which is z or, under batch normalisation, z normalised; and the weights above it."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # of the layer above; its type is that of the products' factors
+    bias: Tensor | None  # of the layer above
     norm: nn.BatchNorm1d | None
     sharpness: float | None
 
@@ -43,7 +43,7 @@ class Hidden(NamedTuple):
         return (y > 0).to(y) if self.sharpness is None else (self.sharpness * y).sigmoid_()
 
     def down(self, y_slope: Tensor, block: slice) -> Tensor:
-        """∂/∂y → ∂/∂u."""
+        """∂/∂y → ∂/∂u, in place."""
         return y_slope if self.norm is None else y_slope.mul_(self.norm.weight[block])
 
 
@@ -70,7 +70,7 @@ class _Gram(torch.autograd.Function):
 
 
 class _Ahead(torch.autograd.Function):
-    """u → the z of the layer above and, if `gram`, a aᵀ; keeps u alone."""
+    """u → the z of the layer above and, if `gram`, a aᵀ, whose slope has to be symmetric; keeps u alone."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, layer: Hidden, gram: bool) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ class _Ahead(torch.autograd.Function):
         z = u.new_zeros(len(u), len(layer.weight)) if layer.bias is None else layer.bias.repeat(len(u), 1)
         seen = u.new_zeros(len(u), len(u) * ranks() * gram)
         for block in blocks(u):
-            a = layer.before(u[:, block], block).clamp_min(0)
+            a = layer.before(u[:, block], block).clamp_min(0).to(factors)
             add_product(z, a, layer.weight[:, block].T, factors)
             if gram:
                 add_product(seen, a, gather(a).T, factors)
@@ -94,16 +94,16 @@ class _Ahead(torch.autograd.Function):
             y = layer.before(u[:, block], block)
             push = multiply(z_slope, layer.weight[:, block], factors)
             if ctx.gram:
-                add_product(push, seen_slope, gather(y.clamp_min(0)), factors, 2.0)
+                add_product(push, seen_slope, gather(y.clamp_min(0).to(factors)), factors, 2.0)
             layer.down(torch.mul(push, layer.gate(y), out=u_slope[:, block]), block)
         return u_slope, None, None
 
 
 class _Back(torch.autograd.Function):
-    """u and δ of the layer above → δ = ∂/∂z or, if `gram`, δ δᵀ; δᵀ a of the weights above, if `outer`; and Σ d·u and Σ d over samples.
+    """u and δ of the layer above → δ = ∂/∂z or, if `gram`, δ δᵀ; if `outer`, δᵀ a of the weights above; and Σ d·u and Σ d over samples.
 
     d = ∂/∂(what enters the ReLU). Without batch normalisation it is δ; with it, δ = (d − ⟨d⟩ − u·⟨d·u⟩)·factor, where factor is the inverse
-    deviation times the weight, and the sums are the slopes of its weight and bias.
+    deviation times the weight, and the sums are the slopes of its weight and bias. The slope of δ δᵀ has to be symmetric.
     """
 
     @staticmethod
@@ -117,15 +117,17 @@ class _Back(torch.autograd.Function):
             delta = (multiply(above, weight[:, block], factors) if kept is None else kept[:, block]) * layer.gate(y)
             sums[:, block] = torch.stack([(delta * some).sum(0), delta.sum(0)])
             if factor is not None:
-                along, slope = total(sums[:, block]) / count
+                sums[:, block] = total(sums[:, block])
+                along, slope = sums[:, block] / count
                 delta = delta.sub_(slope).addcmul_(some, along, value=-1).mul_(factor[block])
             if gram:
-                add_product(seen, delta, gather(delta).T, factors)
+                add_product(seen, delta, gather(delta.to(factors)).T, factors)
             else:
                 seen[:, block] = delta
             if outer:
                 products[:, block] = multiply(above.T, y.clamp_min(0), factors)
-        sums = total(sums)
+        if factor is None:
+            sums = total(sums)
         ctx.save_for_backward(u, above, factor, kept, sums / count)
         ctx.layer, ctx.gram, ctx.outer = layer, gram, outer
         return seen, products, sums
@@ -147,7 +149,7 @@ class _Back(torch.autograd.Function):
             push = seen_slope[:, block]  # ∂/∂δ
             if ctx.gram:
                 delta = d if factor is None else (d - slope).addcmul_(some, along, value=-1).mul_(factor[block])
-                push = multiply(twice, gather(delta), factors)
+                push = multiply(twice, gather(delta.to(factors)), factors)
             if factor is not None:
                 pulls = torch.stack([(push * some).sum(0), push.sum(0)])
                 factor_slope[block] = (push * d).sum(0) - (means[:, block] * pulls).sum(0)
@@ -263,7 +265,9 @@ class DoubleBackward(Step):
 
 
 class ClosedForm(Step):
-    """For fully connected classifiers: back-propagation written out, so that no weight needs a gradient.
+    """For fully connected classifiers, (linear, batch normalisation or none, ReLU) … linear: back-propagation written out.
+
+    No weight needs a gradient. A linear layer below batch normalisation has no bias.
 
     z_l = W_l a_{l−1} + b_l; δ_l = ∂(Σ μ m)/∂z_l; then ∇_{W_l} = δ_lᵀ a_{l−1}, whose product with W_l itself is Σ_i δ_i·(z_i − b), and
     whose square is ‖Σ_i δ_i a_iᵀ‖² = Σ_ij (δ_i·δ_j)(a_i·a_j): by outer products or by Gram matrices, whichever takes less arithmetic.
@@ -280,7 +284,7 @@ class ClosedForm(Step):
         self.norms = [(name, layer if isinstance(layer, nn.BatchNorm1d) else None) for name, layer in after]
         weights = [layer.weight.to(factor_type(layer.weight)) for _, layer in self.linears]
         biases = [layer.bias for _, layer in self.linears]
-        self.first = weights[0], biases[0] if biases[0] is None else biases[0].to(weights[0].dtype)
+        self.first, self.factors = weights[0], weights[0].dtype
         self.hidden = [Hidden(w, b, norm, gate) for w, b, (_, norm) in zip(weights[1:], biases[1:], self.norms, strict=True)]
 
     def by_gram(self, layer: nn.Linear) -> bool:
@@ -294,20 +298,19 @@ class ClosedForm(Step):
         self.features = x = x.flatten(1)
         self.tape: list[tuple[Tensor, Tensor | None]] = []  # of every hidden layer: u, and with batch normalisation its inverse deviation
         (_, lowest), *others = self.linears
-        weight, bias = self.first
-        z = nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
-        self.seen = [
-            _Gram.apply(x, weight.dtype) if self.by_gram(lowest) else x
-        ]  # of every layer's input a: a aᵀ, where the residual takes it
+        z = multiply(x, self.first.T, self.factors)
+        z = z if lowest.bias is None else z.add_(lowest.bias)
+        self.seen = [_Gram.apply(x, self.factors) if self.by_gram(lowest) else x]  # of a layer's input: a aᵀ, if the residual takes it
         for layer, (_, above) in zip(self.hidden, others, strict=True):
             scale = None
             if layer.norm is not None:
                 z, scale, average, variance = normalise(z, layer.norm.eps)
                 self.remember(layer.norm, average, variance, len(x))
             self.tape.append((z, scale))
-            self.features = layer.before(z)
             z, seen = _Ahead.apply(z, layer, self.by_gram(above))
             self.seen.append(seen)
+        if self.hidden:
+            self.features = self.hidden[-1].before(self.tape[-1][0])
         self.last = z
         return z
 
@@ -329,7 +332,7 @@ class ClosedForm(Step):
             name, linear = self.linears[depth]
             gram = self.by_gram(linear)
             if gram:
-                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.first[0].dtype)
+                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.factors)
                 norm = norm + total((pairs * self.seen[depth]).sum())
             if f"{name}.weight" in self.z1:
                 product = product + along.sum()
@@ -338,17 +341,17 @@ class ClosedForm(Step):
                 if f"{name}.weight" in self.z1:
                     product = product - (linear.bias * slope).sum()
             if depth == 0:
-                norm = norm if gram else norm + total(multiply(delta.T, self.seen[0], self.first[0].dtype)).square().sum()
+                norm = norm if gram else norm + total(multiply(delta.T, self.seen[0], self.factors)).square().sum()
                 continue
             layer, (u, scale), norm_name = self.hidden[depth - 1], self.tape[depth - 1], self.norms[depth - 1][0]
             factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
-            lowest = depth == 1 and self.by_gram(self.linears[0][1])
-            delta, products, (along, slope) = _Back.apply(u, delta, factor, layer, lowest, not gram)
+            gram_below = depth == 1 and self.by_gram(self.linears[0][1])
+            delta, products, (along, slope) = _Back.apply(u, delta, factor, layer, gram_below, not gram)
             norm = norm if gram else norm + total(products).square().sum()
             if layer.norm is not None and scale is not None:
                 add(f"{norm_name}.weight", layer.norm.weight, along)
                 add(f"{norm_name}.bias", layer.norm.bias, slope)
-                along = layer.norm.weight * along * layer.norm.eps * scale.square()
+                along = layer.norm.weight * along * layer.norm.eps * scale.square()  # Σ δ·z, for the mean of u² is 1 − ε·scale²
         return relative_residual(product, self.size, norm)
 
 

@@ -1,5 +1,7 @@
 """Muon against the singular value decomposition and against torch's own."""
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -16,7 +18,8 @@ def test_orthogonalising_keeps_singular_vectors_and_makes_singular_values_about_
     assert (inside - torch.diag(values)).abs().max() < 1e-12
 
 
-def test_muon_steps_as_torchs_does_in_bfloat16():
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+def test_muon_steps_as_torchs_does_in_bfloat16(factors: torch.dtype):
     rng = torch.Generator().manual_seed(0)
     start = torch.randn(6, 20, generator=rng)
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
@@ -25,7 +28,8 @@ def test_muon_steps_as_torchs_does_in_bfloat16():
         gradient = torch.randn(6, 20, generator=rng)
         for matrix, optimiser in zip((ours, theirs), optimisers, strict=True):
             matrix.grad = gradient.clone()
-            optimiser.step()
+            with mock.patch("gbc.muon.factor_type", return_value=factors):
+                optimiser.step()
     moved = (theirs - start).norm()
     assert moved > 0
-    assert (ours - theirs).norm() < 0.02 * moved
+    assert (ours - theirs).norm() < 0.03 * moved
