@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -26,9 +26,9 @@ class InputError(Exception):
     """Bad input, told in one line: what is wrong, where, and what to do."""
 
 
-def ranged(low: float, high: float = float("inf"), default: Any = MISSING) -> Any:
-    """A number, or list of numbers, in [low, high]; required, if there is no default."""
-    return field(default=default, metadata={"low": low, "high": high})
+def ranged(low: float, high: float = float("inf")) -> Any:
+    """A required number, or list of numbers, in [low, high]."""
+    return field(metadata={"low": low, "high": high})
 
 
 def one_of(*choices: str) -> Any:
@@ -106,7 +106,6 @@ class TrainParams:
     multiplier: str = one_of("relu", "softplus", "equal")
     multiplier_floor: float = ranged(0.0, 1.0)
     matmul_precision: str = one_of("highest", "high", "medium")
-    restarts: int = ranged(1.0, default=1)
 
 
 @dataclass(frozen=True)

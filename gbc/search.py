@@ -26,7 +26,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gbc.artifacts import save_table
 from gbc.params import InputError, Params, entry
-from gbc.training import violation
 
 Space = dict[str, tuple[float, float] | list[int]]
 
@@ -138,10 +137,15 @@ def clone(study: str, commit: str, classifiers: Sequence[str]) -> Iterator[Path]
 
 
 def report(trial: Trial, history: Path, start: int) -> float:
-    """Tell the trial, for pruning, the KKT violations from step `start` on; the last one, or NaN while there is none."""
+    """Tell the trial, for pruning, the violations from step `start` on; the last one, or NaN while there is none.
+
+    A violation is stationarity plus duality, both relative, of the mean classifier.
+    """
     if not history.is_file():
         return float("nan")
-    curve = [(int(step), float(value)) for step, value in violation(pd.read_csv(history)).items()]  # type: ignore[arg-type]
+    table = pd.read_csv(history)
+    table["violation"] = table["stationarity"] + table["duality"]
+    curve = [(int(step), float(part["violation"].mean())) for step, part in table.groupby("step")]  # type: ignore[arg-type]
     known = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
     for step, value in curve[::RUNGS]:
         if step >= start and step not in known:

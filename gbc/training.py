@@ -1,7 +1,5 @@
 """Training of a generator on the weights of one or several classifiers (Eqs. 5–7 and 12)."""
 
-import copy
-import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -26,8 +24,6 @@ from gbc.step import Step, step_of
 
 HISTORY_ROWS = 200  # of the loss curve, about
 SHOTS, SHOWN = 8, 20  # of the film: its pictures after the first, ever further apart, and the samples in each
-JUDGED = 10  # last rows of the loss curve by which restarts are compared
-RESEED = 1_000_003  # between the seeds of restarts, so that none is another run's
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
 
 
@@ -187,38 +183,6 @@ def train(
     return Trained(g, pd.DataFrame(rows), film | {count: shot(g, params.seed)}, time.perf_counter() - began)
 
 
-def violation(history: pd.DataFrame) -> pd.Series:
-    """KKT violation by step: stationarity plus duality, both relative, of the mean classifier."""
-    return (history["stationarity"] + history["duality"]).groupby(history["step"]).mean()  # type: ignore[return-value]
-
-
-def train_best(
-    params: Params,
-    task: TrainParams,
-    classifiers: Sequence[Classifier],
-    homogeneities: Sequence[Homogeneity],
-    device: torch.device,
-    live: Live | None = None,
-) -> Trained:
-    """Of `restarts` trainings, each from random draws of its own, the one that violates the KKT conditions least at its end.
-
-    The choice needs no data. The seconds are those of all.
-    """
-    runs = [
-        train(
-            dataclasses.replace(params, seed=params.seed + RESEED * restart),
-            task,
-            copy.deepcopy(classifiers),
-            homogeneities,
-            device,
-            live=live,
-        )
-        for restart in range(task.restarts)
-    ]
-    best = min(runs, key=lambda run: violation(run.history).iloc[-JUDGED:].mean())
-    return best._replace(seconds=sum(run.seconds for run in runs))
-
-
 def train_and_save(params: Params, task: TrainParams, name: str) -> None:
     """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/.
 
@@ -228,7 +192,7 @@ def train_and_save(params: Params, task: TrainParams, name: str) -> None:
     homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
     torch.set_float32_matmul_precision(task.matmul_precision)
     with processes(device(params)) as place:
-        trained = train_best(params, task, classifiers, homogeneities, place, live=Live(Path(f"data/live/{name}")))
+        trained = train(params, task, classifiers, homogeneities, place, live=Live(Path(f"data/live/{name}")))
         if rank() == 0:
             history = Path(f"data/histories/{name}")
             save_network(Path(f"data/generators/{name}"), trained.generator)

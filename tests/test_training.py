@@ -17,7 +17,7 @@ from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, T
 from gbc.pretraining import pretrain
 from gbc.progress import Live
 from gbc.step import step_of
-from gbc.training import draw_codes, loss_terms, total_variation, train, train_best, violation
+from gbc.training import draw_codes, loss_terms, total_variation, train
 from tests import ranks
 
 SHARED = dataclasses.replace(ranks.SHARED, width=64, learning_rate=6e-3, alpha_learning_rate=1e-2)
@@ -170,16 +170,3 @@ def test_a_batch_with_fewer_samples_than_labels_is_refused():
     network, homogeneity, _ = toy("all", "homogeneous")
     with pytest.raises(InputError, match="batch=2 has no sample for each of 3 labels"):
         run([network], [homogeneity], dataclasses.replace(task("toy"), batch=2))
-
-
-def test_of_restarts_the_one_that_violates_the_conditions_least_is_kept():
-    params = dataclasses.replace(load_params([]), steps=100, generator=SHARED)
-    settings = dataclasses.replace(task("toy_1"), restarts=3)
-    runs = []
-    for seed in (0, 1_000_003, 2_000_006):
-        network, homogeneity, _ = toy("even")
-        runs.append(train(dataclasses.replace(params, seed=seed), settings, [network], [homogeneity], torch.device("cpu")))
-    ends = [violation(run.history).iloc[-10:].mean() for run in runs]
-    kept = train_best(params, settings, [network], [homogeneity], torch.device("cpu"))
-    assert len(set(ends)) == 3
-    assert kept.history.equals(runs[ends.index(min(ends))].history)
