@@ -298,8 +298,8 @@ class ClosedForm(Step):
         self.features = x = x.flatten(1)
         self.tape: list[tuple[Tensor, Tensor | None]] = []  # of every hidden layer: u, and with batch normalisation its inverse deviation
         (_, lowest), *others = self.linears
-        z = multiply(x, self.first.T, self.factors)
-        z = z if lowest.bias is None else z.add_(lowest.bias)
+        z = x.new_zeros(len(x), len(self.first)) if lowest.bias is None else lowest.bias.repeat(len(x), 1)
+        add_product(z, x, self.first.T, self.factors)
         self.seen = [_Gram.apply(x, self.factors) if self.by_gram(lowest) else x]  # of a layer's input: a aᵀ, if the residual takes it
         for layer, (_, above) in zip(self.hidden, others, strict=True):
             scale = None
