@@ -18,8 +18,8 @@ def test_orthogonalising_keeps_singular_vectors_and_makes_singular_values_about_
     assert (inside - torch.diag(values)).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_muon_steps_as_torchs_does_in_bfloat16(factors: torch.dtype):
+@pytest.mark.parametrize(("factors", "bound"), [(torch.float32, 0.02), (torch.bfloat16, 0.03)])  # of bfloat16, two roundings differ
+def test_muon_steps_as_torchs_does_in_bfloat16(factors: torch.dtype, bound: float):
     rng = torch.Generator().manual_seed(0)
     start = torch.randn(6, 20, generator=rng)
     ours, theirs = (start.clone().requires_grad_() for _ in range(2))
@@ -32,4 +32,4 @@ def test_muon_steps_as_torchs_does_in_bfloat16(factors: torch.dtype):
                 optimiser.step()
     moved = (theirs - start).norm()
     assert moved > 0
-    assert (ours - theirs).norm() < 0.03 * moved
+    assert (ours - theirs).norm() < bound * moved
