@@ -17,7 +17,7 @@ def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows
     wide = (wide / wide.norm().clamp_min(1e-7)).to(factor_type(matrix))
     for _ in range(5):
         gram = wide @ wide.T
-        wide = 3.4445 * wide + (2.0315 * gram @ gram - 4.7750 * gram) @ wide
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
     return (wide.T if len(matrix) > matrix.shape[1] else wide).to(matrix.dtype)
 
 

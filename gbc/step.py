@@ -22,6 +22,7 @@ from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, tar
 from gbc.precision import add_product, factor_type, multiply
 
 BLOCK = 240_000  # numbers at a time: so many neurons times samples
+STRIP = 300  # samples in a strip of rows of a Gram matrix, of which what lies above the diagonal's block is copied
 NARROW = 16  # a layer so many times narrower than the one below sends δ back anew rather than keep what it sent
 TINY_SPREAD = 1e-6  # of a class's features; keeps the root's derivative finite at its mean
 
@@ -47,10 +48,28 @@ class Hidden(NamedTuple):
         return y_slope if self.norm is None else y_slope.mul_(self.norm.weight[block])
 
 
+def slices(length: int, width: int) -> list[slice]:
+    """0 … length, `width` at a time."""
+    return [slice(start, start + width) for start in range(0, length, width)]
+
+
 def blocks(u: Tensor) -> list[slice]:
     """A layer's neurons, `BLOCK` numbers of u at a time."""
-    width = max(1, BLOCK // len(u))
-    return [slice(start, start + width) for start in range(0, u.shape[1], width)]
+    return slices(u.shape[1], max(1, BLOCK // len(u)))
+
+
+def add_gram(out: Tensor, a: Tensor, everyone: Tensor) -> None:
+    """Add a aᵀ, of this process's samples by all, to `out`; if these are the same, only to what `mirror` does not fill."""
+    for strip in slices(len(a), STRIP):
+        seen = everyone[: strip.stop if len(a) == len(everyone) else None]
+        add_product(out[strip, : len(seen)], a[strip], seen.T, everyone.dtype)
+
+
+def mirror(gram: Tensor) -> Tensor:
+    """A square Gram matrix's strips below the diagonal also above it, in place."""
+    for strip in slices(len(gram), STRIP) if len(gram) == gram.shape[1] else []:
+        gram[: strip.start, strip] = gram[strip, : strip.start].T
+    return gram
 
 
 class _Gram(torch.autograd.Function):
@@ -58,9 +77,11 @@ class _Gram(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, factors: torch.dtype) -> Tensor:
-        everyone = gather(a.to(factors))
+        out, a = a.new_zeros(len(a), len(a) * ranks()), a.to(factors)
+        everyone = gather(a)
         ctx.save_for_backward(everyone)
-        return multiply(a, everyone.T, factors)
+        add_gram(out, a, everyone)
+        return mirror(out)
 
     @staticmethod
     @once_differentiable
@@ -82,8 +103,8 @@ class _Ahead(torch.autograd.Function):
             a = layer.before(u[:, block], block).clamp_min(0).to(factors)
             add_product(z, a, layer.weight[:, block].T, factors)
             if gram:
-                add_product(seen, a, gather(a).T, factors)
-        return z, seen
+                add_gram(seen, a, gather(a))
+        return z, mirror(seen)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +142,8 @@ class _Back(torch.autograd.Function):
                 along, slope = sums[:, block] / count
                 delta = delta.sub_(slope).addcmul_(some, along, value=-1).mul_(factor[block])
             if gram:
-                add_product(seen, delta, gather(delta.to(factors)).T, factors)
+                mine = delta.to(factors)
+                add_gram(seen, mine, gather(mine))
             else:
                 seen[:, block] = delta
             if outer:
@@ -130,7 +152,7 @@ class _Back(torch.autograd.Function):
             sums = total(sums)
         ctx.save_for_backward(u, above, factor, kept, sums / count)
         ctx.layer, ctx.gram, ctx.outer = layer, gram, outer
-        return seen, products, sums
+        return mirror(seen) if gram else seen, products, sums
 
     @staticmethod
     @once_differentiable
@@ -159,12 +181,12 @@ class _Back(torch.autograd.Function):
             if factor is not None:
                 some_slope.addcmul_(push, along, value=-1)
             # d = pull · gate(y)
-            y_slope = torch.ops.aten.sigmoid_backward(pull.mul(d_slope), gate).mul_(layer.sharpness or 0.0)
+            y_slope = torch.ops.aten.sigmoid_backward(d_slope * pull, gate)
+            pull_slope = d_slope.mul_(gate)
             if ctx.outer:
                 add_product(above_slope, y.clamp_min(0), products_slope[:, block].T, factors)
-                y_slope.addcmul_(multiply(above, products_slope[:, block], factors), gate)
-            torch.add(some_slope, layer.down(y_slope, block), out=u_slope[:, block])
-            pull_slope = d_slope.mul_(gate)
+                some_slope += layer.down(multiply(above, products_slope[:, block], factors).mul_(gate), block)
+            torch.add(some_slope, layer.down(y_slope, block), alpha=layer.sharpness or 0.0, out=u_slope[:, block])
             if kept_slope is None:
                 add_product(above_slope, pull_slope, weight[:, block].T, factors)
             else:

@@ -136,7 +136,7 @@ def train(
     others = [p for p in [*g.parameters(), *h.parameters()] if all(p is not matrix for matrix in matrices)]
     trained = [*matrices, *others, alpha]
     groups = [{"params": others, "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}]
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, betas=(0.9, 0.99))]
+    optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)]
     if matrices:
         optimisers.append(Muon(matrices, lr=task.matrix_learning_rate))
     decays = [torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: cosine(done, count)) for optimiser in optimisers]
