@@ -66,7 +66,7 @@ def test_the_closed_form_equals_the_double_backward(architecture, hidden, sample
     expected = reference(net, homogeneity, gate, x, own, mu)
     step = step_of(net, homogeneity, gate)
     assert isinstance(step, ClosedForm)
-    with mock.patch.multiple("gbc.step", BLOCK=16 * samples, NARROW=2):  # several blocks, and layers on either side of narrow
+    with mock.patch.multiple("gbc.step", BLOCK=16 * samples, STRIP=7, NARROW=2):  # several of each
         torch.testing.assert_close(step.logits(x), net(x))
         residual = step.stationarity(own, mu)
         found = residual.detach(), *torch.autograd.grad(residual, (x, mu))
