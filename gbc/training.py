@@ -132,7 +132,8 @@ def train(
     g, h = g.to(device), h.to(device)
     steps = [step_of(c.to(device), homogeneity, task.gate or None) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, step, task, t, rng) for t, step in enumerate(steps)]).requires_grad_()
-    matrices = [module.weight for module in g.modules() if isinstance(module, nn.Linear) and task.matrix_learning_rate]
+    linears = [module for module in [*g.modules(), *h.modules()] if isinstance(module, nn.Linear)]
+    matrices = [module.weight for module in linears if task.matrix_learning_rate]
     others = [p for p in [*g.parameters(), *h.parameters()] if all(p is not matrix for matrix in matrices)]
     trained = [*matrices, *others, alpha]
     groups = [{"params": others, "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}]
