@@ -1,4 +1,4 @@
-"""Muon, the optimiser of the generator's matrices."""
+"""Muon, the optimiser of the matrices of g and h."""
 
 import math
 from collections.abc import Iterable

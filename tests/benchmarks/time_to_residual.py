@@ -2,8 +2,8 @@
 
 Both train the committed generator of `mnist_10` on the committed classifier, from the same seed and with the same loss, the paper's
 with statistics: learned multipliers, no collapse term. The published form takes autograd's double backward into weights that require
-gradients, Adam, and float32; ours the closed form, Muon for the matrices, and the committed precision. Each follows its own
-learning-rate cosine; ours gets 1,000 steps. Needs data/classifiers/mnist_10 and data/lambda/mnist_10 (`dvc pull`), and
+gradients, Adam, and float32; ours the closed form, Muon for the matrices of g and h, and the committed precision. Each follows its own
+learning-rate cosine over its own number of steps. Needs data/classifiers/mnist_10 and data/lambda/mnist_10 (`dvc pull`), and
 data/samples/mnist_10.safetensors for the AUC.
 """
 
@@ -25,7 +25,7 @@ from gbc.params import TrainParams, load_params
 from gbc.step import DoubleBackward
 from tests.benchmarks import show
 
-NAME, PUBLISHED, OURS, SEEDS = "mnist_10", 1800, 1000, (0, 1, 2)  # a shorter budget ends before the residual has fallen
+NAME, PUBLISHED, OURS, SEEDS = "mnist_10", 1800, 1000, (0, 1, 2)
 BACKWARD = Tensor.backward
 
 
