@@ -32,9 +32,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: object = None) -> Any:
-        """Move along the orthogonalised Nesterov momentum of the gradients."""
+        """Move along the orthogonalised Nesterov momentum of the gradients; a matrix without one stays."""
         for group in self.param_groups:
-            for matrix in group["params"]:
+            for matrix in (matrix for matrix in group["params"] if matrix.grad is not None):
                 average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
                 average.lerp_(matrix.grad, 1 - group["momentum"])
                 direction = orthogonalised(matrix.grad.lerp(average, group["momentum"]))

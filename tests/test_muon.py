@@ -33,3 +33,12 @@ def test_muon_steps_as_torchs_does_in_bfloat16(factors: torch.dtype, bound: floa
     moved = (theirs - start).norm()
     assert moved > 0
     assert (ours - theirs).norm() < bound * moved
+
+
+def test_a_matrix_without_a_gradient_stays():
+    moved, stays = (torch.ones(3, 2, requires_grad=True) for _ in range(2))
+    optimiser = Muon([moved, stays], lr=0.1)
+    moved.square().sum().backward()
+    optimiser.step()
+    assert not moved.equal(torch.ones(3, 2))
+    assert stays.equal(torch.ones(3, 2))
