@@ -34,7 +34,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "total variation off": {"total_variation": 0.0},
     "smooth gate off": {"gate": 0.0},
     "learned multipliers": {"multiplier": "relu"},
-    "equal multipliers": {"multiplier": "equal"},
     "duality and total variation alone": {"stationarity": 0.0, "statistics": 0.0, "collapse": 0.0},
 }
 PIXELS = "pixels instead of g"
