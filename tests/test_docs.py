@@ -1,5 +1,6 @@
-"""Every command of the README and of docs/ works as written, in a new clone of a pipeline of tiny tasks."""
+"""Every command of the README and of docs/ works as written, in a new clone of a pipeline of tiny tasks; its scores are the pipeline's."""
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,24 @@ def blocks(document: str) -> list[str]:
     """The indented blocks of a document in Markdown."""
     found = re.findall(r"(?<=\n\n)(?: {4}.*\n)+", (ROOT / document).read_text())
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
+
+
+def test_the_readmes_scores_are_those_of_the_report():
+    scores = json.loads((ROOT / "reports/metrics.json").read_text())
+    columns = "precision_ratio recall_ratio ssim_precision ssim_recall train_control_auc leak_60 diversity_ratio".split()
+    columns += ["accuracy_on_generated"]
+    found = set()
+    for name, cells in re.findall(r"^\| `(\w+)`.*?\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        row, own = cells.split(" | "), scores.get(name, {})
+        if len(row) == 9:
+            digits = [len(cell.partition(".")[2]) for cell in row[:8]]
+            assert row[:8] == [f"{own[key]:.{places}f}" for key, places in zip(columns, digits, strict=True)], name
+            assert row[8] == f"{own['kkt_residual']:.2f} ({own['oracle_residual']:.2f})", name
+            found.add(name)
+        elif len(row) == 2:
+            assert row == [f"{own['within_015']:.0%}", f"{own['points_hit']} of {own['points_active']}"], name
+            found.add(name)
+    assert found == {name for name, own in scores.items() if "kkt_residual" in own}
 
 
 @pytest.mark.slow
