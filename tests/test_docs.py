@@ -29,8 +29,8 @@ def test_the_readmes_scores_are_those_of_the_report():
     for name, cells in re.findall(r"^\| `(\w+)`.*?\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
         row, own = cells.split(" | "), scores.get(name, {})
         if len(row) == 9:
-            digits = [len(cell.partition(".")[2]) for cell in row[:8]]
-            assert row[:8] == [f"{own[key]:.{places}f}" for key, places in zip(columns, digits, strict=True)], name
+            for cell, key in zip(row[:8], columns, strict=True):
+                assert cell == f"{own[key]:.{len(cell.partition('.')[2])}f}", (name, key)
             assert row[8] == f"{own['kkt_residual']:.2f} ({own['oracle_residual']:.2f})", name
             found.add(name)
         elif len(row) == 2:
