@@ -88,6 +88,8 @@ def load_network(folder: Path, kind: type[N]) -> N:
     try:
         network = kind(**{key: _tuples(description[key]) for key in kind.architecture_keys})
         network.load_state_dict(weights)
+    except InputError as error:
+        raise InputError(f"{folder}/architecture.json: {error}") from error
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(f"{folder}: weights.safetensors does not fit architecture.json ({' '.join(str(error).split())})") from error
     return network
@@ -111,7 +113,8 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def load_table(path: Path) -> pd.DataFrame:
-    """Table of a CSV file; raises `InputError` if it is missing."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; run `dvc pull`, or `dvc repro` to make it")
-    return pd.read_csv(path)
+    """Table of a CSV file; raises `InputError` if it is missing or not a table."""
+    try:
+        return pd.read_csv(io.BytesIO(read_bytes(path)))
+    except ValueError as error:
+        raise InputError(f"{path}: not a CSV table ({error}); restore it with `dvc checkout` or make it anew") from error

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.artifacts import Network
 from gbc.distributed import BatchNorm1d, BatchNorm2d
-from gbc.params import InputError
+from gbc.params import ARCHITECTURES, InputError
 
 
 class _SmoothGate(torch.autograd.Function):
@@ -106,13 +106,15 @@ class Classifier(Network):
     Fully connected: `homogeneous` has a bias in layer 1 only, `biased` in every layer, and `batchnorm` (the paper's) replaces the hidden
     biases by batch normalisation and has none in the last layer; `hidden` holds widths. `convolutional` and `residual` take images,
     (height, width) or (channels, height, width), and `hidden` holds channels. `labels`, ascending, names the classes behind the logits.
-    Raises `InputError` if labels do not ascend, or the inputs are too small.
+    Raises `InputError` if there is no such architecture, labels do not ascend, or the inputs are too small.
     """
 
     architecture_keys = ("architecture", "input_shape", "hidden", "labels")
 
     def __init__(self, architecture: str, input_shape: tuple[int, ...], hidden: tuple[int, ...], labels: tuple[int, ...]):
         super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise InputError(f"there is no architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
         if list(labels) != sorted(set(labels)):
             raise InputError(f"a classifier's labels must ascend, in the order of its outputs; they are {', '.join(map(str, labels))}")
         self.architecture, self.input_shape, self.hidden, self.labels = architecture, input_shape, hidden, labels

@@ -65,7 +65,7 @@ def _npz(params: SampleParams) -> Pool:
             images, labels = file["images"], file["labels"]
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
         raise InputError(f"{params.path}: not an npz file with arrays `images` and `labels` ({error})") from error
-    if labels.shape != images.shape[:1] or images.ndim not in (3, 4) or not len(labels):
+    if labels.shape != images.shape[:1] or images.ndim not in (3, 4) or not images.size:
         raise InputError(f"{params.path}: labels {labels.shape} do not match images {images.shape}; one integer label per image is needed")
     if images.dtype == np.uint8:
         images = images / np.float32(255)
@@ -154,10 +154,10 @@ def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
     `train` has `per_class` images of each class, drawn without replacement; `control` as many others and `reference` at most
     2,000 others, where the source has any left (else they are empty). Every class is drawn from its own stream of `seed`, so a
     class's images do not depend on which other classes are asked for. Raises `InputError` if a class has too few images, none is
-    left as a control, or images are too small to be compared.
+    left as a control, or images are too small to be compared or neither grey nor of three channels.
     """
-    if not params.classes or len(set(params.classes)) < len(params.classes):
-        raise InputError(f"classes={params.classes} must name at least one class, and each once")
+    if len(params.classes) < 2 or len(set(params.classes)) < len(params.classes):
+        raise InputError(f"classes={params.classes} must name at least two classes, and each once")
     pool = SOURCES[params.source](params)
     chosen: dict[str, list[np.ndarray]] = {role: [] for role in ROLES}
     for label in params.classes:
@@ -181,6 +181,8 @@ def sample(params: SampleParams, seed: int) -> dict[str, Tensor]:
     shape, source = drawn["train_x"].shape[1:], f"source {params.source}"
     if len(shape) > 1 and min(shape[-2:]) < SMALLEST:
         raise InputError(f"{source} has images of {shape[-2]}×{shape[-1]} pixels; scores by SSIM need {SMALLEST}×{SMALLEST} at least")
+    if len(shape) == 3 and shape[0] != 3:
+        raise InputError(f"{source} has images of {shape[0]} channels; grey ones have one, colour ones three")
     if len(shape) > 1 and params.per_class < 2:
         raise InputError(f"per_class={params.per_class} is too few: images of a class are compared, which takes 2 at least")
     if len(shape) > 1 and not len(drawn["control_x"]):

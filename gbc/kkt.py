@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gbc.homogeneity import Homogeneity
+from gbc.params import InputError
 
 TINY = 1e-30  # keeps the cosine's derivative finite where every multiplier is zero
 
@@ -32,7 +33,12 @@ def smallest_margin(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " bat
 
 
 def target(network: nn.Module, homogeneity: Homogeneity) -> dict[str, Tensor]:
-    """Λ̄ζ up to its unidentified scalar factor, by parameter name in the network's order: ζ on Z₁, zero on Z₂."""
+    """Λ̄ζ up to its unidentified scalar factor, by parameter name in the network's order: ζ on Z₁, zero on Z₂.
+
+    Raises `InputError` if Λ is that of a network with other parameters.
+    """
+    if other := set(homogeneity.lam) ^ {name for name, _ in network.named_parameters()}:
+        raise InputError(f"Λ is not this classifier's: only one of the two has {', '.join(sorted(other))}; run estimate_lambda again")
     z1 = set(homogeneity.z1)
     return {name: p.detach() if name in z1 else torch.zeros_like(p) for name, p in network.named_parameters()}
 

@@ -47,11 +47,14 @@ class SampleParams:
     attribute: str = ""
 
 
+ARCHITECTURES = ("homogeneous", "biased", "batchnorm", "convolutional", "residual")
+
+
 @dataclass(frozen=True)
 class PretrainParams:
     """One classifier, trained on the dataset of its name: architecture and full-batch descent."""
 
-    architecture: str = one_of("homogeneous", "biased", "batchnorm", "convolutional", "residual")
+    architecture: str = one_of(*ARCHITECTURES)
     hidden: list[int] = ranged(1.0)
     first_scale: float = ranged(0.0)
     rest_scale: float = ranged(0.0)
@@ -130,7 +133,7 @@ class Params:
     """The whole of params.yaml."""
 
     beta: float = ranged(0.0)
-    seed: int = ranged(0.0)
+    seed: int = ranged(0.0, 2.0**53)
     steps: int = ranged(1.0)
     device: str = one_of("auto", "cpu", "cuda")
     launch: str

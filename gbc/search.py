@@ -49,7 +49,8 @@ def place(params: Params, name: str) -> tuple[str, str]:
 def search_space(params: Params, name: str) -> Space:
     """By key of params.yaml, what is drawn for generator `name`: log-uniform in a range, or one of a list; what is 0 stays 0."""
     task, (_, block) = entry(params.train, name), place(params, name)
-    around = {"generator.learning_rate": params.generator.learning_rate, f"{block}.total_variation": task.total_variation}
+    around = {"generator.learning_rate": params.generator.learning_rate}
+    around |= {f"{block}.{key}": getattr(task, key) for key in ("matrix_learning_rate", "total_variation")}
     ranges: Space = {key: (value / 4, value * 4) for key, value in around.items() if value}
     batches = sorted({max(2, task.batch // 2), task.batch, 2 * task.batch})
     return {"beta": (5.0, 500.0), f"{block}.batch": batches} | ranges

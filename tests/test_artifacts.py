@@ -64,3 +64,7 @@ def test_tables_survive(tmp_path: Path):
     table = pd.DataFrame({"step": [0, 1], "loss": [0.5, 1e-9]})
     save_table(tmp_path / "t.csv", table)
     pd.testing.assert_frame_equal(load_table(tmp_path / "t.csv"), table)
+    for damaged in (b"", b"\xff\xfe\x00", b"a,b\n1,2,3\n4\n5,6,7,8\n"):
+        (tmp_path / "t.csv").write_bytes(damaged)
+        with pytest.raises(InputError, match="t.csv: not a CSV table"):
+            load_table(tmp_path / "t.csv")

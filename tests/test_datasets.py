@@ -150,17 +150,21 @@ def test_npz_is_read_and_its_labels_must_match(tmp_path):
     np.savez(tmp_path / "wide.npz", images=images * 300, labels=labels)
     with pytest.raises(InputError, match="must be uint8, or float in"):
         drawn("npz", [0, 1], 2, str(tmp_path / "wide.npz"))
-    np.savez(tmp_path / "empty.npz", images=images[:0], labels=labels[:0])
-    with pytest.raises(InputError, match=r"empty.npz: labels \(0,\)"):
-        drawn("npz", [0, 1], 2, str(tmp_path / "empty.npz"))
+    for nothing in ((images[:0], labels[:0]), (images[:, :0], labels)):
+        np.savez(tmp_path / "empty.npz", images=nothing[0], labels=nothing[1])
+        with pytest.raises(InputError, match=r"empty.npz: labels \([08],\)"):
+            drawn("npz", [0, 1], 2, str(tmp_path / "empty.npz"))
+    np.savez(tmp_path / "five.npz", images=np.repeat(images[:, None], 5, axis=1), labels=labels)
+    with pytest.raises(InputError, match="images of 5 channels; grey ones have one, colour ones three"):
+        drawn("npz", [0, 1], 2, str(tmp_path / "five.npz"))
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:100])
     np.save(tmp_path / "array.npy", images)
     for name in ("text.npz", "cut.npz", "array.npy"):
         with pytest.raises(InputError, match="not an npz file"):
             drawn("npz", [0, 1], 2, str(tmp_path / name))
-    for classes in ([], [0, 1, 1]):
-        with pytest.raises(InputError, match="must name at least one class, and each once"):
+    for classes in ([], [0], [0, 1, 1]):
+        with pytest.raises(InputError, match="must name at least two classes, and each once"):
             drawn("npz", classes, 2, str(tmp_path / "good.npz"))
     with pytest.raises(InputError, match="per_class=1 is too few"):
         drawn("npz", [0, 1], 1, str(tmp_path / "good.npz"))

@@ -25,8 +25,8 @@ def test_the_readmes_scores_are_those_of_the_report():
     scores = json.loads((ROOT / "reports/metrics.json").read_text())
     columns = "precision_ratio recall_ratio ssim_precision ssim_recall train_control_auc leak_60 diversity_ratio".split()
     columns += ["accuracy_on_generated"]
-    found = set()
-    for name, cells in re.findall(r"^\| `(\w+)`.*?\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
+    found, text = set(), (ROOT / "README.md").read_text()
+    for name, cells in re.findall(r"^\| `(\w+)`.*?\| (.*) \|$", text, re.MULTILINE):
         row, own = cells.split(" | "), scores.get(name, {})
         if len(row) == 9:
             for cell, key in zip(row[:8], columns, strict=True):
@@ -36,7 +36,21 @@ def test_the_readmes_scores_are_those_of_the_report():
         elif len(row) == 2:
             assert row == [f"{own['within_015']:.0%}", f"{own['points_hit']} of {own['points_active']}"], name
             found.add(name)
+        elif len(row) == 5:
+            known = scores["certify"][name]
+            everywhere, on_z1 = ([known[f"{images}_residual{where}"] for images in ("oracle", "heldout")] for where in ("_all", ""))
+            for cell, value in zip([row[2], row[3], *row[4].split(", ")], [*everywhere, *on_z1], strict=True):
+                assert cell == f"{value:.{len(cell.partition('.')[2])}f}", name
+        else:
+            pytest.fail(f"{name}: a row of {len(row)} cells")
     assert found == {name for name, own in scores.items() if "kkt_residual" in own}
+    kinds = {"real images never seen": "held_out", "class means": "class_mean", "untrained generator": "untrained"}
+    baselines = re.findall(r"^\| \*baseline for `(\w+)`: (.*?)\* \| (.*) \|$", text, re.MULTILINE)
+    for name, kind, cells in baselines:
+        for cell, key in zip(re.findall(r"-?\d\.\d+", cells), columns[2:6], strict=True):
+            value = scores[name]["baselines"][kinds[kind]][key]
+            assert cell == f"{value:.{len(cell.partition('.')[2])}f}", (name, kind, key)
+    assert len(baselines) > 5
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from scipy.optimize import nnls
 from gbc.classifier import Classifier
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import duality, margin_gradient, margins, oracle, smallest_margin, stationarity, target
+from gbc.params import InputError
 
 
 def network(architecture: str, seed: int = 0) -> Classifier:
@@ -77,6 +78,8 @@ def test_target_is_zeta_on_z1_and_zero_on_z2():
     lam = {name: 0.5 if name.startswith(("layers.5", "layers.7")) else 0.0 for name, _ in net.named_parameters()}
     for (name, p), goal in zip(net.named_parameters(), target(net, Homogeneity(lam, {}, 0, 0.0)).values(), strict=True):
         assert torch.equal(goal, p.detach() if lam[name] else torch.zeros_like(p))
+    with pytest.raises(InputError, match="Λ is not this classifier's: only one of the two has layers.1.bias, layers.2.bias"):
+        target(network("homogeneous"), Homogeneity(lam, {}, 0, 0.0))
 
 
 @settings(deadline=None)

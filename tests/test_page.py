@@ -90,21 +90,30 @@ def test_seeds_are_shown_apart_for_images_and_points():
 
 
 def test_what_fails_is_said_in_numbers():
-    mean = {"class_mean": {"train_control_auc": 0.6}}
-    images = {"accuracy_on_generated": 1.0, "train_control_auc": 0.62, "baselines": mean, "kkt_residual": 0.2, "recall_50": 0.8}
+    mean = {"class_mean": {"train_control_auc": 0.6, "leak_60": 0.03}}
+    images = {
+        "accuracy_on_generated": 1.0,
+        "train_control_auc": 0.62,
+        "leak_60": 0.05,
+        "baselines": mean,
+        "kkt_residual": 0.2,
+        "recall_50": 0.8,
+    }
     lines = report.failures(
         {
             "toy": {"points_hit": 16, "points_active": 18},
             "whole": {"points_hit": 18, "points_active": 18},
             "faces": images,
             "mnist": images | {"train_control_auc": 0.7},
+            "leaky": images | {"leak_60": 0.2},
             "letter": images | {"accuracy_on_generated": 0.2, "kkt_residual": 1.0},
         }
     )
     assert lines == [
         "toy misses 2 of 18 training points.",
-        "faces gives away no more than its class means do: AUC 0.62 and 0.60.",
+        "faces gives away no more than its class means do: train/control AUC 0.62 and 0.60, leak 0.6 0.05 and 0.03.",
         "mnist: 20% of the training images are not reproduced above SSIM 0.5.",
+        "leaky: 20% of the training images are not reproduced above SSIM 0.5.",
         "letter does not make images of the classes asked for: its residual stays at 1.00.",
     ]
 

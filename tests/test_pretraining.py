@@ -188,11 +188,13 @@ def test_weight_decay_without_smoothing_is_refused():
         pretrain(params(weight_decay=1e-3), clouds(), 0, torch.device("cpu"))
 
 
-def test_images_too_small_for_the_poolings_are_refused():
+def test_classifiers_that_cannot_be_are_refused():
     with pytest.raises(InputError, match="a residual network with 2 poolings cannot take inputs of shape"):
         Classifier("residual", (3, 3), (4, 4), (0, 1))
     with pytest.raises(InputError, match="labels must ascend, in the order of its outputs; they are 1, 0"):
         Classifier("homogeneous", (2,), (4,), (1, 0))
+    with pytest.raises(InputError, match="there is no architecture 'vgg'; there are homogeneous, biased"):
+        Classifier("vgg", (2,), (4,), (0, 1))
     with pytest.raises(InputError, match="a convolutional network"):
         Classifier("convolutional", (6,), (4,), (0, 1))
 

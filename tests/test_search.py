@@ -61,7 +61,8 @@ def test_a_trial_that_takes_the_place_of_a_killed_one_makes_its_proposal(tmp_pat
 def test_the_space_is_around_the_committed_values():
     params = load_params(["train_single.mnist.batch=500", "train_single.mnist.total_variation=12"], ROOT / "params.yaml")
     space = search.search_space(params, "mnist")
-    assert set(space) == {"beta", "generator.learning_rate", "train_single.mnist.batch", "train_single.mnist.total_variation"}
+    own = {f"train_single.mnist.{key}" for key in ("batch", "total_variation", "matrix_learning_rate")}
+    assert set(space) == {"beta", "generator.learning_rate"} | own
     assert space["train_single.mnist.batch"] == [250, 500, 1000]
     assert space["train_single.mnist.total_variation"] == (3, 48)
     assert set(search.search_space(params, "toy_pair")) == {"beta", "generator.learning_rate", "train_multi.toy_pair.batch"}

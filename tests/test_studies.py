@@ -2,6 +2,9 @@
 
 import copy
 import json
+import re
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import yaml
 
 from gbc.params import InputError, Params, load_params
 from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, Pixels, ablate, collect, scale
-from tests.tiny import clone, run
+from tests.tiny import ROOT, clone, run
 
 TINY = [
     "sample.faces.per_class=10",
@@ -86,6 +89,16 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path)
     collect(path, study, tiny(), "faces")
     assert made == [(0, "a"), (0, "b"), (1, "a"), None, (1, "b"), (2, "a"), (2, "b")]
     assert len(pd.read_csv(path)) == 2 * SEEDS
+
+
+def test_the_makefiles_studies_are_those_in_the_report(tmp_path):
+    commands = re.findall(r"-m stages\.(ablate|scale) (\w+) (.*)", (ROOT / "Makefile").read_text().replace("\\\n", " "))
+    assert {(kind, name) for kind, name, _ in commands} == {("ablate", "mnist_10"), ("ablate", "mnist_plain"), ("scale", "mnist_10")}
+    for kind, name, overrides in commands:
+        stem = f"{'ablation' if kind == 'ablate' else 'scaling'}_{name}"
+        for ending in (".csv", ".json"):
+            shutil.copy(ROOT / f"data/studies/{stem}{ending}", tmp_path)
+        collect(tmp_path / f"{stem}.csv", lambda *_: iter(()), load_params(shlex.split(overrides), ROOT / "params.yaml"), name)
 
 
 def test_points_are_refused(tmp_path):
