@@ -142,11 +142,12 @@ def failures(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 lines.append(f"{name} misses {missed} of {values['points_active']} training points.")
             continue
         mean = values["baselines"]["class_mean"]
+        given = {SHARED[key]: (values[key], mean[key]) for key in ("train_control_auc", "leak_60")}
         if values["accuracy_on_generated"] < 0.9:
             lines.append(f"{name} does not make images of the classes asked for: its residual stays at {values['kkt_residual']:.2f}.")
-        elif all(values[key] < mean[key] + 0.05 for key in ("train_control_auc", "leak_60")):
-            both = ", ".join(f"{SHARED[key]} {values[key]:.2f} and {mean[key]:.2f}" for key in ("train_control_auc", "leak_60"))
-            lines.append(f"{name} gives away no more than its class means do: {both}.")
+        elif all(own < means + 0.05 for own, means in given.values()):
+            scores = ", ".join(f"{score} {own:.2f} and {means:.2f}" for score, (own, means) in given.items())
+            lines.append(f"{name} gives away no more than its class means do: {scores}.")
         else:
             lines.append(f"{name}: {1 - values['recall_50']:.0%} of the training images are not reproduced above SSIM 0.5.")
     return lines

@@ -21,6 +21,11 @@ def blocks(document: str) -> list[str]:
     return [re.sub(r"^ {4}", "", block, flags=re.MULTILINE) for block in found]
 
 
+def like(cell: str, value: float) -> str:
+    """A number with as many decimals as a cell of a table has."""
+    return f"{value:.{len(cell.partition('.')[2])}f}"
+
+
 def test_the_readmes_scores_are_those_of_the_report():
     scores = json.loads((ROOT / "reports/metrics.json").read_text())
     columns = "precision_ratio recall_ratio ssim_precision ssim_recall train_control_auc leak_60 diversity_ratio".split()
@@ -30,7 +35,7 @@ def test_the_readmes_scores_are_those_of_the_report():
         row, own = cells.split(" | "), scores.get(name, {})
         if len(row) == 9:
             for cell, key in zip(row[:8], columns, strict=True):
-                assert cell == f"{own[key]:.{len(cell.partition('.')[2])}f}", (name, key)
+                assert cell == like(cell, own[key]), (name, key)
             assert row[8] == f"{own['kkt_residual']:.2f} ({own['oracle_residual']:.2f})", name
             found.add(name)
         elif len(row) == 2:
@@ -40,7 +45,7 @@ def test_the_readmes_scores_are_those_of_the_report():
             known = scores["certify"][name]
             everywhere, on_z1 = ([known[f"{images}_residual{where}"] for images in ("oracle", "heldout")] for where in ("_all", ""))
             for cell, value in zip([row[2], row[3], *row[4].split(", ")], [*everywhere, *on_z1], strict=True):
-                assert cell == f"{value:.{len(cell.partition('.')[2])}f}", name
+                assert cell == like(cell, value), name
         else:
             pytest.fail(f"{name}: a row of {len(row)} cells")
     assert found == {name for name, own in scores.items() if "kkt_residual" in own}
@@ -48,8 +53,7 @@ def test_the_readmes_scores_are_those_of_the_report():
     baselines = re.findall(r"^\| \*baseline for `(\w+)`: (.*?)\* \| (.*) \|$", text, re.MULTILINE)
     for name, kind, cells in baselines:
         for cell, key in zip(re.findall(r"-?\d\.\d+", cells), columns[2:6], strict=True):
-            value = scores[name]["baselines"][kinds[kind]][key]
-            assert cell == f"{value:.{len(cell.partition('.')[2])}f}", (name, kind, key)
+            assert cell == like(cell, scores[name]["baselines"][kinds[kind]][key]), (name, kind, key)
     assert len(baselines) > 5
 
 
