@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 SMALL = 2**16  # numbers of all parts; a sum of so few takes half the time if every process gathers and adds them
@@ -45,7 +44,8 @@ class _Total(torch.autograd.Function):
     """Sum over processes; every process's loss is the whole loss, so a gradient comes back once from each."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, part: Tensor) -> Tensor:
+    def forward(ctx: Any, part: Tensor, alike: bool) -> Tensor:
+        ctx.alike = alike
         if part.numel() * ranks() <= SMALL:
             return gather(part[None]).sum(0)
         total = part.clone()
@@ -53,18 +53,22 @@ class _Total(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grad_outputs: Tensor) -> Tensor:
-        return _Total.apply(*grad_outputs)
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return slope * ranks() if ctx.alike else total(slope), None
 
 
-def total(part: Tensor) -> Tensor:
-    """Sum of `part` over all processes, differentiable (the mean of the processes' gradients is the gradient)."""
-    return part if ranks() == 1 else _Total.apply(part)
+def total(part: Tensor, alike: bool = True) -> Tensor:
+    """Sum of `part` over all processes, differentiable (the mean of the processes' gradients is the gradient).
+
+    `alike` says that all processes make the same of the sum, and not each something of its own samples: then their gradients are the
+    same, and nothing needs to be sent back.
+    """
+    return part if ranks() == 1 else _Total.apply(part, alike)
 
 
-def mean(part: Tensor) -> Tensor:
-    """Mean over the samples, the first dimension, of all processes; each has as many."""
-    return total(part.sum(0)) / (len(part) * ranks())
+def mean(part: Tensor, alike: bool = True) -> Tensor:
+    """Mean over the samples, the first dimension, of all processes; each has as many. `alike`: as `total` has it."""
+    return total(part.sum(0), alike) / (len(part) * ranks())
 
 
 def share(whole: Tensor) -> Tensor:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gbc.classifier import Classifier
-from gbc.generator import Generator, to_uint8
+from gbc.generator import Generator, Mixture, to_uint8
 from gbc.params import InputError
-from gbc.similarity import ssim
+from gbc.similarity import AGREED, agreement, ssim
 
 NEAR = 0.15  # distance at which a toy sample counts as at a training point; neighbours on the circle are 0.35 apart
 STUDENT_STEPS, STUDENT_WIDTH = 300, 256
 BANK = ["precision_ratio", "recall_ratio", "train_control_auc", "leak_60"]  # scores of the fixed codes: every anchor, without noise
 PICTURES = 60  # generated images kept for the figure
+NEARLY = 0.7  # SSIM above which an image counts as one that its nearest real image was the model of
 EXTENT, GRID = 1.6, 240  # the toy's landscape covers [-EXTENT, EXTENT]² with GRID² places
 
 
@@ -159,6 +160,19 @@ def student_accuracy(generated: Images, test: Images, seed: int) -> float:
         return (labels[student(test.x).argmax(1)] == test.y).double().mean().item()
 
 
+def score_agreement(agreed: Bool[Tensor, " n"], bank: Similarities) -> dict[str, float | None]:
+    """Share of a mixture's fixed codes that its members agree on; and the shares of those, and of the others, near a training image.
+
+    Held-out images are the control: what is near one of these is a plain image of its class. None where there is no code.
+    """
+    scores: dict[str, float | None] = {"agreed": agreed.double().mean().item()}
+    for name, chosen in (("agreed", agreed), ("others", ~agreed)):
+        for role, similarity in (("train", bank.train), ("control", bank.control)):
+            near = similarity[chosen].amax(1) > NEARLY
+            scores[f"{name}_{role}_70"] = near.double().mean().item() if len(near) else None
+    return scores
+
+
 def class_means(train: Images) -> Images:
     """Every training image replaced by the mean of its class: what precision alone is won by."""
     means = {label: train.x[train.y == label].mean(0) for label in train.y.unique().tolist()}
@@ -166,7 +180,7 @@ def class_means(train: Images) -> Images:
 
 
 def evaluate_images(
-    generated: Images, generator: Generator, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
+    generated: Images, generator: Generator | Mixture, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
     """Metrics of what `generator` generated, the table of best SSIMs behind them, and pictures.
 
@@ -197,14 +211,23 @@ def evaluate_images(
     }
     best = {"train": ours.train.amax(0), "control": ours.control.amax(0), "generated": ours.train.amax(1)}
     table = pd.concat([pd.DataFrame({"images": role, "ssim": values.numpy()}) for role, values in best.items()])
-    shown = generated.first(PICTURES // len(train.y.unique()))
+    each = PICTURES // len(train.y.unique())
+    shown = generated.first(each)
     nearest = ours.train[shown].argmax(1)
-    return metrics, table, {"generated": to_uint8(generated.x[shown]), "nearest": to_uint8(train.x[nearest])}
+    pictures = {"generated": to_uint8(generated.x[shown]), "nearest": to_uint8(train.x[nearest])}
+    if isinstance(generator, Mixture) and generator.members > 1:
+        agreed = agreement(bank.x, bank.y, generator.members)
+        metrics |= score_agreement(agreed > AGREED, near_bank)
+        own = len(bank.y) // generator.members  # the first member's codes: none of them are the same by agreement
+        order = agreed[:own].argsort(descending=True, stable=True)
+        best = torch.cat([order[bank.y[order] == label][:each] for label in train.y.unique()])
+        pictures |= {"agreed": to_uint8(bank.x[best]), "agreed_nearest": to_uint8(train.x[near_bank.train[best].argmax(1)])}
+    return metrics, table, pictures
 
 
 def evaluate_points(
     generated: Images,
-    generator: Generator,
+    generator: Generator | Mixture,
     classifiers: Sequence[Classifier],
     data: Mapping[str, Tensor],
     active: Bool[Tensor, " points"],
@@ -230,7 +253,7 @@ def evaluate_points(
 
 
 def evaluate(
-    generator: Generator,
+    generator: Generator | Mixture,
     classifiers: Sequence[Classifier],
     samples: Sequence[Mapping[str, Tensor]],
     active: Sequence[list[bool]],

@@ -1,6 +1,6 @@
 """Write a generator as generator.pt2 (torch.export) and generator.onnx: python -m gbc.export data/generators/mnist --out exported.
 
-Both take epsilon [batch, noise] float32, y [batch] int64 and t [batch] int64, for any batch, and give the samples [batch, *output_shape].
+Both take epsilon [batch, noise] float32 and y, t and member, [batch] int64 each, for any batch, and give samples [batch, *output_shape].
 """
 
 import argparse
@@ -20,31 +20,38 @@ def export(artifact: Path, folder: Path) -> None:
     from torch import Tensor, nn
 
     from gbc.artifacts import load_network, write_bytes
-    from gbc.generator import Generator
+    from gbc.generator import Mixture
 
     class Exported(nn.Module):
-        """g(ε, y, t); ONNX has no searchsorted, so that the one-hot codes of known y and t are comparisons."""
+        """g(ε, y, t) of each sample's member; ONNX has no searchsorted, so that the one-hot codes of known y and t are comparisons."""
 
-        def __init__(self, generator: Generator):
+        def __init__(self, mixture: Mixture):
             super().__init__()
-            self.generator = generator
+            self.mixture = mixture
 
-        def forward(self, epsilon: Tensor, y: Tensor, t: Tensor) -> Tensor:
-            label = y[:, None] == self.generator.labels
-            index = t[:, None] == torch.arange(len(self.generator.known))
-            return self.generator.layers(torch.cat([epsilon, label.float(), index.float()], 1)).reshape(-1, *self.generator.output_shape)
+        def forward(self, epsilon: Tensor, y: Tensor, t: Tensor, member: Tensor) -> Tensor:
+            label = y[:, None] == self.mixture.parts[0].labels
+            index = t[:, None] == torch.arange(len(self.mixture.known))
+            codes = torch.cat([epsilon, label.float(), index.float()], 1)
+            samples = epsilon.new_zeros(1)
+            for k, part in enumerate(self.mixture.parts):
+                chosen = (member == k).reshape(-1, *[1] * len(self.mixture.output_shape))
+                samples = torch.where(chosen, part.layers(codes).reshape(-1, *self.mixture.output_shape), samples)
+            return samples
 
-    generator = load_network(artifact, Generator).requires_grad_(False)
-    y = generator.labels[[0, 0]]
-    arguments = (torch.zeros(2, generator.noise), y, torch.zeros_like(y))
-    program = torch.export.export(Exported(generator).eval(), arguments, dynamic_shapes=({0: torch.export.Dim("batch")},) * 3)
+    mixture = load_network(artifact, Mixture).requires_grad_(False)
+    y = mixture.parts[0].labels[[0, 0]]
+    arguments = (torch.zeros(2, mixture.parts[0].noise), y, torch.zeros_like(y), torch.zeros_like(y))
+    program = torch.export.export(Exported(mixture).eval(), arguments, dynamic_shapes=({0: torch.export.Dim("batch")},) * 4)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # this machine's paths
     content = io.BytesIO()
     torch.export.save(program, content)
     write_bytes(folder / "generator.pt2", content.getvalue())
     try:
-        onnx = torch.onnx.export(program, dynamic_shapes=({0: "batch"}, None, None), dynamo=True, verbose=False, output_names=["samples"])
+        onnx = torch.onnx.export(
+            program, dynamic_shapes=({0: "batch"}, None, None, None), dynamo=True, verbose=False, output_names=["samples"]
+        )
     except ImportError as error:
         raise InputError(f"generator.onnx is not written, it needs {error.name}: pip install -e '.[export]'") from error
     assert onnx is not None

@@ -205,8 +205,9 @@ def loss_curves(histories: Mapping[str, pd.DataFrame], oracles: Mapping[str, flo
     """Stationarity residual and duality of every generator, and the residual that the true training images reach over all parameters."""
     figure, panels = _panels(len(histories), 3.4)
     for axes, (name, history) in zip(panels, histories.items(), strict=True):
-        long = history.melt(["step", "classifier"], ["stationarity", "duality"], var_name="term")
-        sns.lineplot(long, x="step", y="value", hue="term", style="classifier", ax=axes, legend=False, linewidth=1)
+        long = history.melt(["step", "classifier", "member"], ["stationarity", "duality"], var_name="term")
+        shown = {"hue": "term", "style": "classifier", "units": "member", "estimator": None}
+        sns.lineplot(long, x="step", y="value", **shown, ax=axes, legend=False, linewidth=1)
         axes.axhline(oracles[name], color="black", linestyle=":", linewidth=1.2)
         axes.set(yscale="log", title=name, ylabel="")
     figure.suptitle(
@@ -316,6 +317,9 @@ def draw(
         file = IMAGE_FIGURES.get(name, f"fig7_{name}" if name.startswith("celeba_") else f"samples_{name}")
         title = f"{name}: odd rows generated, even rows nearest training image"
         figures[file] = fig_images(pictures[name]["generated"], pictures[name]["nearest"], classes[name], title)
+        if "agreed" in pictures[name]:
+            title = f"{name}: odd rows what two members agree on most, even rows nearest training image"
+            figures[f"agreed_{name}"] = fig_images(pictures[name]["agreed"], pictures[name]["agreed_nearest"], classes[name], title)
     figures = dict(sorted(figures.items()))
     figures["pretraining_curves"] = pretraining_curves(descents)
     figures["loss_curves"] = loss_curves(histories, {name: values["oracle_residual"] for name, values in metrics.items()})

@@ -1,6 +1,8 @@
 """The generator g(ε, y, t; θ), its noise, and the multiplier network h(x, y, t; η)."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -102,22 +104,14 @@ class Generator(Network):
         noise = torch.randn(len(anchor), self.noise, generator=rng).to(self.centres)
         return self.centres[torch.searchsorted(self.labels, y), anchor] + self.spread * noise
 
-    @torch.no_grad()
-    def sample(self, count: int, rng: torch.Generator, t: int | None = None) -> tuple[Tensor, Int[Tensor, " count"]]:
-        """`count` samples from fresh noise, labels in equal shares, and their labels; on the generator's device.
+    def sample(
+        self, count: int, rng: torch.Generator, t: int | None = None, label: int | None = None
+    ) -> tuple[Tensor, Int[Tensor, " count"]]:
+        """`count` samples from fresh noise, and their labels: `label`, or all in equal shares; on the generator's device.
 
         For every label y the classifier index is drawn from 𝒯_y, the classifiers that know y, unless `t` fixes it.
         """
-        known = self.known if t is None else (self.known[t],)
-        labels = torch.tensor(sorted(set().union(*known)))
-        y = labels[torch.arange(count) * len(labels) // count]
-        index = torch.full_like(y, t or 0)
-        if t is None:
-            knows = torch.tensor([[float(label in part) for part in known] for label in labels.tolist()])
-            index = torch.multinomial(knows[torch.searchsorted(labels, y)], 1, generator=rng)[:, 0]
-        anchor = torch.randint(self.anchors, (count,), generator=rng)
-        anchor, y, index = (part.to(self.centres.device) for part in (anchor, y, index))
-        return self.eval()(self.perturb(anchor, y, rng), y, index), y
+        return draw([self], count, rng, t, label)
 
     @torch.no_grad()
     def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
@@ -126,6 +120,71 @@ class Generator(Network):
         y = self.labels.repeat_interleave(self.anchors)
         index = torch.tensor([next(t for t, part in enumerate(self.known) if label in part) for label in y.tolist()], device=device)
         return self.eval()(self.centres.flatten(0, 1), y, index), y
+
+
+@torch.no_grad()
+def draw(
+    members: Sequence[Generator], count: int, rng: torch.Generator, t: int | None, label: int | None
+) -> tuple[Tensor, Int[Tensor, " count"]]:
+    """`Generator.sample` of several generators for the same classifiers, one sample of each in turn."""
+    first = members[0]
+    known = first.known if t is None else (first.known[t],)
+    labels = torch.tensor(sorted(set().union(*known)) if label is None else [label])
+    y = labels[torch.arange(count) * len(labels) // count]
+    index = torch.full_like(y, t or 0)
+    if t is None:
+        knows = torch.tensor([[float(known_label in part) for part in known] for known_label in labels.tolist()])
+        index = torch.multinomial(knows[torch.searchsorted(labels, y)], 1, generator=rng)[:, 0]
+    anchor = torch.randint(first.anchors, (count,), generator=rng)
+    anchor, y, index = (part.to(first.centres.device) for part in (anchor, y, index))
+    x = torch.empty(count, *first.output_shape, dtype=first.centres.dtype, device=first.centres.device)
+    for k, member in enumerate(members):
+        turn = torch.arange(k, count, len(members))
+        x[turn] = member.eval()(member.perturb(anchor[turn], y[turn], rng), y[turn], index[turn])
+    return x, y
+
+
+class Mixture(Network):
+    """Generators of one shape, born apart from one another from the same classifiers.
+
+    Where each satisfies Eq. 5, so does their mixture, for the condition is linear in the distribution. Each finds some of the training
+    images, from its own draws; together they find more, and where two agree it is hardly ever
+    anything else (`gbc.similarity.agreement`).
+    """
+
+    architecture_keys = ("members", *Generator.architecture_keys)
+    known: tuple[tuple[int, ...], ...]
+    output_shape: tuple[int, ...]
+
+    def __init__(self, members: int, **architecture: Any):
+        super().__init__()
+        self.members = members
+        for key, value in architecture.items():
+            setattr(self, key, value)
+        self.generators = nn.ModuleList(Generator(**architecture) for _ in range(members))
+
+    @classmethod
+    def of(cls, generators: Sequence[Generator]) -> "Mixture":
+        """The mixture of `generators`, which have one architecture."""
+        mixture = cls(len(generators), **{key: getattr(generators[0], key) for key in Generator.architecture_keys})
+        mixture.generators = nn.ModuleList(generators)
+        return mixture
+
+    @property
+    def parts(self) -> list[Generator]:
+        """The members."""
+        return list(self.generators)  # type: ignore[arg-type]
+
+    def sample(
+        self, count: int, rng: torch.Generator, t: int | None = None, label: int | None = None
+    ) -> tuple[Tensor, Int[Tensor, " count"]]:
+        """`Generator.sample`, one of each member in turn."""
+        return draw(self.parts, count, rng, t, label)
+
+    def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
+        """`Generator.bank` of one member after another."""
+        x, y = zip(*(part.bank() for part in self.parts), strict=True)
+        return torch.cat(x), torch.cat(y)
 
 
 class Multipliers(nn.Module):

@@ -125,7 +125,7 @@ def facts(params: Params, name: str, certificates: Mapping[str, Mapping[str, Any
         held_out = known["heldout_residual_all"]
         others = "" if held_out is None else f"; of images never seen {held_out:.3g}"
         found[f"Oracle residual{of}"] = f"{known['oracle_residual_all']:.3g} of the training images{others}"
-        asked = math.exp(-history.loc[history["classifier"] == t, "alpha"].iloc[-1])
+        asked = math.exp(-history.loc[history["classifier"] == t].groupby("member")["alpha"].last().mean())
         smallest = known["smallest_margin"]
         found[f"Margin e^−α{of}"] = (
             f"{asked:.4g}, found without data; the classifier's smallest training margin is {smallest:.4g} ({asked / smallest - 1:+.1%})"

@@ -109,6 +109,7 @@ class TrainParams:
     multiplier: str = one_of("relu", "softplus", "equal")
     multiplier_floor: float = ranged(0.0, 1.0)
     matmul_precision: str = one_of("highest", "high", "medium")
+    members: int = field(default=1, metadata={"low": 1.0, "high": 100.0})
 
 
 @dataclass(frozen=True)

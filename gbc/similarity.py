@@ -1,11 +1,12 @@
 """Structural similarity of every image of one set with every image of another (Wang et al. 2004)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for images of data range 1
+AGREED = 0.8  # SSIM above which two members of a mixture agree on an image
 SIGMA, RADIUS = 1.5, 5  # of the Gaussian window; scikit-image cuts it at 3.5 σ
 
 
@@ -55,3 +56,13 @@ def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int 
             total.addcdiv_(above, below)
         rows.append(total / len(moments_b))
     return torch.cat(rows)
+
+
+def agreement(x: Float[Tensor, "n *shape"], y: Int[Tensor, " n"], members: int) -> Float[Tensor, " n"]:
+    """Best SSIM of every image of a mixture's bank to one of the same label of another member; −1 if there is none.
+
+    The bank is that of `Mixture.bank`: as many images of each member, one member after another.
+    """
+    member = torch.arange(len(x)) * members // len(x)
+    comparable = (y[:, None] == y) & (member[:, None] != member)
+    return torch.where(comparable, ssim(x, x), -1.0).amax(1)

@@ -163,7 +163,7 @@ class _Back(torch.autograd.Function):
         kept_slope = torch.empty_like(kept) if kept is not None else None
         factor_slope, twice = torch.empty_like(u[0]), 2 * seen_slope if ctx.gram else seen_slope
         if factor is None:
-            sums_slope = total(sums_slope)
+            sums_slope = sums_slope * ranks()
         for block in blocks(u):
             some, y = u[:, block], layer.before(u[:, block], block)
             gate, pull = layer.gate(y), multiply(above, weight[:, block], factors) if kept is None else kept[:, block]
@@ -245,11 +245,11 @@ class Step(ABC):
         """
         features = self.features.flatten(1)
         member = nn.functional.one_hot(own, len(self.labels)).to(features)
-        sums, sizes = total(torch.cat([member.T @ features, member.sum(0)[:, None]], 1)).split([features.shape[1], 1], 1)
+        sums, sizes = total(torch.cat([member.T @ features, member.sum(0)[:, None]], 1), alike=False).split([features.shape[1], 1], 1)
         means, shares = sums / sizes.clamp_min(1), sizes / sizes.sum()
         between = (shares * (means - (shares * means).sum(0)).square()).sum()
         within = (features - means[own]).square().sum(1)
-        spread = within / (mean(within) + between)
+        spread = within / (mean(within, alike=False) + between)
         return mean((spread + TINY_SPREAD).sqrt())
 
 

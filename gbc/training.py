@@ -1,5 +1,6 @@
 """Training of a generator on the weights of one or several classifiers (Eqs. 5–7 and 12)."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from gbc.artifacts import load_network, save_json, save_network, save_table, save_tensors
 from gbc.classifier import Classifier
 from gbc.distributed import average_gradients, mean, processes, rank, ranks, share, total
-from gbc.generator import Generator, Multipliers, to_uint8
+from gbc.generator import Generator, Mixture, Multipliers, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
 from gbc.muon import Muon
@@ -189,15 +190,20 @@ def train_and_save(params: Params, task: TrainParams, name: str) -> None:
 
     Meanwhile data/live/<name>.png and .csv show how it goes.
     """
-    classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
-    homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
     torch.set_float32_matmul_precision(task.matmul_precision)
+    births: list[Trained] = []
     with processes(device(params)) as place:
-        trained = train(params, task, classifiers, homogeneities, place, live=Live(Path(f"data/live/{name}")))
+        for member in range(task.members):
+            classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
+            homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
+            own = dataclasses.replace(params, seed=params.seed * task.members + member)
+            births.append(train(own, task, classifiers, homogeneities, place, live=Live(Path(f"data/live/{name}"))))
         if rank() == 0:
             history = Path(f"data/histories/{name}")
-            save_network(Path(f"data/generators/{name}"), trained.generator)
-            save_table(history / "history.csv", trained.history)
-            save_json(history / "seconds.json", round(trained.seconds, 1))
-            steps, samples = torch.tensor(list(trained.film)), torch.stack(list(trained.film.values()))
+            save_network(Path(f"data/generators/{name}"), Mixture.of([birth.generator for birth in births]))
+            table = pd.concat([birth.history.assign(member=member) for member, birth in enumerate(births)])
+            save_table(history / "history.csv", table)
+            save_json(history / "seconds.json", round(sum(birth.seconds for birth in births), 1))
+            film = births[0].film
+            steps, samples = torch.tensor(list(film)), torch.stack(list(film.values()))
             save_tensors(history / "film.safetensors", {"film_step": steps, "film": to_uint8(samples).cpu()})

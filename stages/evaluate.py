@@ -10,12 +10,12 @@ def main(params: Params, name: str) -> None:
     from gbc.artifacts import load_json, load_network, load_table, load_tensors, save_json, save_table, save_tensors
     from gbc.classifier import Classifier
     from gbc.evaluation import evaluate
-    from gbc.generator import Generator
+    from gbc.generator import Mixture
 
     names = entry(params.train, name).classifiers
     oracles = [load_json(Path(f"data/oracles/{classifier}/oracle.json")) for classifier in names]
     metrics, table, pictures = evaluate(
-        load_network(Path(f"data/generators/{name}"), Generator),
+        load_network(Path(f"data/generators/{name}"), Mixture),
         [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in names],
         [load_tensors(Path(f"data/samples/{classifier}.safetensors")) for classifier in names],
         [oracle["active"] for oracle in oracles],
@@ -23,7 +23,7 @@ def main(params: Params, name: str) -> None:
         params.seed,
     )
     history = load_table(Path(f"data/histories/{name}/history.csv"))
-    metrics["kkt_residual"] = history.groupby("classifier")["stationarity"].last().mean()
+    metrics["kkt_residual"] = history.groupby(["member", "classifier"])["stationarity"].last().mean()
     metrics["oracle_residual"] = sum(oracle["everywhere"]["residual"] for oracle in oracles) / len(oracles)
     folder = Path(f"data/evaluations/{name}")
     save_json(folder / "metrics.json", metrics)

@@ -6,6 +6,7 @@ import torch
 from gbc.classifier import Classifier
 from gbc.evaluation import (
     Images,
+    Similarities,
     accuracy,
     auc,
     class_means,
@@ -14,11 +15,12 @@ from gbc.evaluation import (
     duplicates,
     evaluate,
     leak,
+    score_agreement,
     score_images,
     score_points,
     student_accuracy,
 )
-from gbc.generator import Generator
+from gbc.generator import Generator, Mixture
 from gbc.params import InputError
 
 
@@ -94,7 +96,7 @@ def test_a_student_learns_from_real_images_and_not_from_swapped_labels():
     assert student_accuracy(Images(TRAIN.x, 1 - TRAIN.y), REFERENCE, 0) == 0
 
 
-def evaluation(generator: Generator, count: int = 40):
+def evaluation(generator: Generator | Mixture, count: int = 40):
     classifier = Classifier("batchnorm", (13, 13), (8, 8), (0, 1))
     data = {f"{role}_{part}": getattr(value, part) for role, value in {"train": TRAIN, "control": CONTROL}.items() for part in "xy"}
     data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0, dtype=torch.long)}
@@ -139,3 +141,20 @@ def test_evaluation_has_every_key_of_the_contract():
     assert table.groupby("images").size().to_dict() == {"control": 20, "generated": 40, "train": 20}
     assert pictures["generated"].dtype == torch.uint8
     assert pictures["nearest"].shape == pictures["generated"].shape
+
+
+def test_what_members_agree_on_is_compared_with_training_and_control_images():
+    bank = Similarities(torch.tensor([[0.9, 0.1], [0.1, 0.8], [0.2, 0.3], [0.1, 0.9]]), torch.tensor([[0.8], [0.1], [0.1], [0.1]]))
+    scores = score_agreement(torch.tensor([True, True, False, False]), bank)
+    assert scores == {"agreed": 0.5, "agreed_train_70": 1, "agreed_control_70": 0.5, "others_train_70": 0.5, "others_control_70": 0}
+    assert score_agreement(torch.zeros(4, dtype=torch.bool), bank)["agreed_train_70"] is None
+
+
+def test_a_mixture_is_scored_as_a_whole_and_for_agreement():
+    parts = [Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    metrics, _, pictures = evaluation(Mixture.of(parts))
+    alone, _, none = evaluation(Mixture.of(parts[:1]))
+    assert set(metrics) - set(alone) == {"agreed", *(f"{name}_{role}_70" for name in ("agreed", "others") for role in ("train", "control"))}
+    assert metrics["train_control_auc_bank"] != alone["train_control_auc_bank"]
+    assert pictures["agreed"].shape == pictures["agreed_nearest"].shape == (8, 13, 13)
+    assert "agreed" not in none

@@ -1,5 +1,6 @@
 """The two commands for a generator's folder alone: sampling and export, each compared with the eager generator."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,9 +15,9 @@ from PIL import Image
 from gbc import sample
 from gbc.artifacts import load_network, save_network
 from gbc.export import export, main
-from gbc.generator import Generator
+from gbc.generator import Generator, Mixture
 from gbc.params import InputError
-from gbc.sample import draw, grid
+from gbc.sample import grid
 
 KNOWN = ((0, 1), (1, 5))
 ONNX = all(find_spec(package) for package in ("onnx", "onnxscript"))
@@ -26,13 +27,14 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def saved(folder: Path, shape: tuple[int, ...]) -> Generator:
-    """A random generator, written to `folder`; a few training batches give its normalisations statistics of their own."""
-    g = Generator(KNOWN, shape, noise=3, anchors=4, spread=0.5, width=16, channels=8).initialise(rng())
-    for seed in range(5):
-        g.train()(torch.randn(20, 3, generator=rng(seed)), g.labels[torch.arange(20) % 3], torch.arange(20) % 2)
-    save_network(folder, g)
-    return g.eval()
+def saved(folder: Path, shape: tuple[int, ...]) -> Mixture:
+    """Two random generators, written to `folder`; a few training batches give their normalisations statistics of their own."""
+    parts = [Generator(KNOWN, shape, noise=3, anchors=4, spread=0.5, width=16, channels=8).initialise(rng(k)) for k in range(2)]
+    for g in parts:
+        for seed in range(5):
+            g.train()(torch.randn(20, 3, generator=rng(seed)), g.labels[torch.arange(20) % 3], torch.arange(20) % 2)
+    save_network(folder, Mixture.of(parts))
+    return Mixture.of(parts).eval()
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -40,7 +42,7 @@ def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module", params=[(8, 8), (3, 8, 8), (2,)], ids=str)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Path]:
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Mixture, Path]:
     """A generator and the folder with its exported files, without generator.onnx if the packages that it needs are absent."""
     folder = tmp_path_factory.mktemp("exported")
     g = saved(folder / "artifact", request.param)
@@ -49,40 +51,51 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return g, folder
 
 
-def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fresh ε, and every label with every classifier in turn."""
-    return torch.randn(batch, 3, generator=rng(9)), torch.tensor([0, 1, 5]).repeat(batch)[:batch], torch.arange(batch) % 2
+def inputs(batch: int) -> tuple[torch.Tensor, ...]:
+    """Fresh ε, and every label with every classifier and every member in turn."""
+    label, index = torch.tensor([0, 1, 5]).repeat(batch)[:batch], torch.arange(batch) % 2
+    return torch.randn(batch, 3, generator=rng(9)), label, index, torch.arange(batch) // 2 % 2
+
+
+def eager(mixture: Mixture, batch: int) -> torch.Tensor:
+    """What the members make of `inputs`, each of its own."""
+    *codes, member = inputs(batch)
+    return torch.stack([mixture.parts[k](*(code[[i]] for code in codes))[0] for i, k in enumerate(member.tolist())])
 
 
 @pytest.mark.parametrize("batch", [1, 7])
-def test_torch_export_is_the_eager_generator(exported: tuple[Generator, Path], batch: int):
+def test_torch_export_is_the_eager_generator(exported: tuple[Mixture, Path], batch: int):
     g, folder = exported
     samples = torch.export.load(folder / "generator.pt2").module()(*inputs(batch))
     assert samples.shape == (batch, *g.output_shape)
-    torch.testing.assert_close(samples, g(*inputs(batch)), atol=1e-5, rtol=0, check_stride=False)
+    torch.testing.assert_close(samples, eager(g, batch), atol=1e-5, rtol=0, check_stride=False)
 
 
 @pytest.mark.skipif(not ONNX, reason="onnx and onnxscript are not installed: pip install -e '.[export]'")
 @pytest.mark.parametrize("batch", [1, 7])
-def test_onnx_is_the_eager_generator(exported: tuple[Generator, Path], batch: int):
+def test_onnx_is_the_eager_generator(exported: tuple[Mixture, Path], batch: int):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install -e '.[export]'")
     g, folder = exported
     session = runtime.InferenceSession(folder / "generator.onnx")
-    assert [(part.name, part.shape) for part in session.get_inputs()] == [("epsilon", ["batch", 3]), ("y", ["batch"]), ("t", ["batch"])]
-    named = dict(zip(("epsilon", "y", "t"), (part.numpy() for part in inputs(batch)), strict=True))
+    assert [(part.name, part.shape) for part in session.get_inputs()] == [
+        ("epsilon", ["batch", 3]),
+        *((name, ["batch"]) for name in ("y", "t", "member")),
+    ]
+    named = dict(zip(("epsilon", "y", "t", "member"), (part.numpy() for part in inputs(batch)), strict=True))
     samples = torch.from_numpy(session.run(["samples"], named)[0])
-    torch.testing.assert_close(samples, g(*inputs(batch)), atol=1e-5, rtol=0, check_stride=False)
+    torch.testing.assert_close(samples, eager(g, batch), atol=1e-5, rtol=0, check_stride=False)
 
 
-def test_label_and_classifier_change_the_samples_compared(exported: tuple[Generator, Path]):
+def test_label_classifier_and_member_change_the_samples_compared(exported: tuple[Mixture, Path]):
     """Otherwise the exports could ignore them unnoticed."""
-    g, _ = exported
-    epsilon = torch.zeros(4, 3)
-    samples = g(epsilon, torch.tensor([0, 1, 5, 1]), torch.tensor([0, 0, 0, 1])).flatten(1)
+    first, second = exported[0].parts
+    epsilon = torch.zeros(3, 3)
+    samples = [first(epsilon, torch.tensor([0, 1, 5]), torch.tensor([0, 0, 0])), first(epsilon[:1], torch.tensor([1]), torch.tensor([1]))]
+    samples = torch.cat([samples[0][:3], second(epsilon[:1], torch.tensor([0]), torch.tensor([0]))]).flatten(1)
     assert torch.cdist(samples, samples)[~torch.eye(4, dtype=torch.bool)].min() > 1e-3
 
 
-def test_the_files_do_not_name_this_machines_folders(exported: tuple[Generator, Path]):
+def test_the_files_do_not_name_this_machines_folders(exported: tuple[Mixture, Path]):
     for path in exported[1].glob("generator.*"):
         assert str(Path(__file__).parent.parent).encode() not in path.read_bytes()
 
@@ -98,19 +111,34 @@ def test_without_onnx_one_line_says_what_to_install(tmp_path: Path):
 
 def test_a_drawn_label_is_fresh_noise_of_that_label_for_the_classifiers_that_know_it(tmp_path: Path):
     saved(tmp_path, (2,))
-    g = load_network(tmp_path, Generator)
+    g = load_network(tmp_path, Mixture)
     seen: list[torch.Tensor] = []
-    g.layers.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    assert draw(g, 3000, 0, 1).shape == (3000, 2)
-    draw(g, 200, 0, 5)
-    label, index = seen[0][:, 3:6], seen[0][:, 6:]
-    assert (label.argmax(1) == 1).all()
-    assert 0.4 < index[:, 1].mean() < 0.6
-    assert (seen[1][:, 7] == 1).all()
-    assert seen[0][:, :3].unique(dim=0).shape == (3000, 3)
-    centre = torch.cdist(seen[0][:, :3], g.centres[1]).argmin(1)
-    assert torch.bincount(centre, minlength=4).min() > 300
-    assert torch.equal(draw(g, 7, 2), g.sample(7, rng(2))[0])
+    for part in g.parts:
+        part.layers.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    assert g.sample(6000, rng(), label=1)[0].shape == (6000, 2)
+    g.sample(200, rng(), label=5)
+    for part, codes, others in zip(g.parts, seen[:2], seen[2:], strict=True):
+        label, index = codes[:, 3:6], codes[:, 6:]
+        assert (label.argmax(1) == 1).all()
+        assert 0.4 < index[:, 1].mean() < 0.6
+        assert (others[:, 7] == 1).all()
+        assert codes[:, :3].unique(dim=0).shape == (3000, 3)
+        centre = torch.cdist(codes[:, :3], part.centres[1]).argmin(1)
+        assert torch.bincount(centre, minlength=4).min() > 300
+
+
+def test_agreed_images_are_those_of_one_member_that_another_has_too(tmp_path: Path):
+    g = saved(tmp_path / "images", (12, 12))
+    with pytest.raises(InputError, match="its 2 members agree on no image"):
+        grid(tmp_path / "images", 9, 0, agreed=True)
+    twins = Mixture.of([g.parts[0], copy.deepcopy(g.parts[0])])
+    save_network(tmp_path / "twins", twins)
+    (tmp_path / "all.png").write_bytes(grid(tmp_path / "twins", 99, 0, agreed=True))
+    with Image.open(tmp_path / "all.png") as image:
+        assert image.size == (4 * 14 + 2, 3 * 14 + 2)  # 4 anchors of 3 labels, of one member
+    (tmp_path / "one.png").write_bytes(grid(tmp_path / "twins", 99, 0, 5, agreed=True))
+    with Image.open(tmp_path / "one.png") as image:
+        assert image.size == (2 * 14 + 2, 2 * 14 + 2)
 
 
 @pytest.mark.parametrize(("shape", "mode"), [((8, 8), "L"), ((3, 8, 8), "RGB")], ids=str)
@@ -122,7 +150,7 @@ def test_the_sampling_command_draws_from_the_folder_alone(tmp_path: Path, shape:
     with Image.open(tmp_path / "grid.png") as image:
         assert image.size == (3 * 10 + 2, 3 * 10 + 2)  # 7 images on 3 × 3 places, two pixels between
         first = torch.tensor(list(image.convert(mode).crop((2, 2, 10, 10)).tobytes())).view(8, 8, -1).movedim(-1, 0)
-    torch.testing.assert_close(first.float(), draw(g, 7, 4, 1)[0].reshape(-1, 8, 8) * 255, atol=0.51, rtol=0)
+    torch.testing.assert_close(first.float(), g.sample(7, rng(4), label=1)[0][0].reshape(-1, 8, 8) * 255, atol=0.51, rtol=0)
     png = (tmp_path / "grid.png").read_bytes()
     assert png == grid(tmp_path / "artifact", 7, 4, 1)
     others = [grid(tmp_path / "artifact", 7, seed, label) for seed, label in [(5, 1), (4, 5), (4, None)]]

@@ -40,7 +40,7 @@ def test_every_figure_of_the_report_is_drawn(tmp_path):
         metrics[name] = {"ssim_precision": 0.5, "oracle_residual": 0.1, "baselines": {"held_out": {"ssim_precision": 0.6, "leak_60": None}}}
         pictures[name] = {"generated": tiles, "nearest": tiles, "film": np.stack([tiles[:20]] * 3), "film_step": np.array([0, 5, 20])}
     table = pd.DataFrame({"images": ["train", "control", "generated"] * 5, "ssim": np.linspace(0.1, 0.9, 15)})
-    history = pd.DataFrame({"step": [0, 1], "classifier": [0, 0], "stationarity": [1.0, 0.5], "duality": [1.0, 0.1]})
+    history = pd.DataFrame({"step": [0, 1], "classifier": [0, 0], "member": [0, 0], "stationarity": [1.0, 0.5], "duality": [1.0, 0.1]})
     descent = pd.DataFrame(
         {
             "step": [1, 2],

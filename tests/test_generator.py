@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gbc.artifacts import load_network, save_json, save_network
-from gbc.generator import Generator, Multipliers
+from gbc.generator import Generator, Mixture, Multipliers
 from gbc.params import InputError
 
 
@@ -102,3 +102,29 @@ def test_the_bank_is_every_anchor_of_every_label_without_noise():
     torch.testing.assert_close(samples[[2, 6, 10]], third)
     g.spread = 0.0
     assert torch.cdist(g.sample(30, rng(), 0)[0].flatten(1), samples[:8].flatten(1)).amin(1).max() < 0.05  # different ones are 0.4 apart
+
+
+def test_a_mixture_draws_from_its_members_in_turn_and_survives_its_files(tmp_path: Path):
+    members = [generator().initialise(rng(seed)) for seed in (1, 2, 3)]
+    save_network(tmp_path, Mixture.of(members))
+    mixture = load_network(tmp_path, Mixture)
+    seen: list[torch.Tensor] = []
+    for part in mixture.parts:
+        part.layers.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    x, y = mixture.sample(60, rng(9))
+    assert y.tolist() == [0] * 20 + [1] * 20 + [5] * 20
+    for k, (member, codes) in enumerate(zip(members, seen, strict=True)):
+        assert torch.cdist(codes[:, :3], member.centres.flatten(0, 1)).amin(1).max() < 2.5  # noise of 0.5 in three dimensions
+        own = codes[:, :3], y[k::3].contiguous(), codes[:, 6:].argmax(1)
+        torch.testing.assert_close(x[k::3], member.eval()(*own).detach())
+    alone, _ = Mixture.of(members[:1]).sample(7, rng(4))
+    assert torch.equal(alone, members[0].sample(7, rng(4))[0])
+    images, labels = mixture.bank()
+    torch.testing.assert_close(images, torch.cat([member.bank()[0] for member in members]))
+    assert labels.tolist() == members[0].bank()[1].tolist() * 3
+
+
+def test_a_label_of_a_mixture_can_be_drawn_alone():
+    x, y = Mixture.of([generator((2,)), generator((2,)).initialise(rng(1))]).sample(9, rng(), label=5)
+    assert x.shape == (9, 2)
+    assert y.tolist() == [5] * 9

@@ -4,7 +4,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from gbc.similarity import ssim
+from gbc.similarity import agreement, ssim
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (25, 25), (3, 16, 14)])
@@ -25,3 +25,12 @@ def test_ssim_of_all_pairs_equals_scikit_image(shape):
                 channel_axis=0 if len(shape) == 3 else None,
             )
             assert similarity[i, j].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_members_agree_on_what_another_member_makes_of_the_same_label():
+    x = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0))
+    bank, y = x[[0, 0, 1, 2, 1, 0]], torch.tensor([0, 0, 1, 0, 1, 1])  # two members of three
+    similarity = agreement(bank, y, 2)
+    torch.testing.assert_close(similarity[[2, 4]], torch.ones(2))
+    assert similarity[[0, 1]].max() < 0.8  # its equals are a code of the same member, and one of another label
+    assert (agreement(bank, y, 1) == -1).all()

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,14 @@ SHARED = dataclasses.replace(ranks.SHARED, width=64, learning_rate=6e-3, alpha_l
 
 
 def task(*names: str, **changes: float) -> TrainParams:
-    values = {"length": 1.0, "matrix_learning_rate": 0.0, "stationarity": 1.0, "total_variation": 0.0, "statistics": 10.0, "collapse": 0.0}
+    values: dict[str, Any] = {
+        "length": 1.0,
+        "matrix_learning_rate": 0.0,
+        "stationarity": 1.0,
+        "total_variation": 0.0,
+        "statistics": 10.0,
+        "collapse": 0.0,
+    }
     values |= {"duality": 1.0, "gate": 50.0, "margin_reward": 0.3, "multiplier_floor": 0.3}
     values |= changes
     return TrainParams(classifiers=list(names), anchors=8, batch=24, multiplier="relu", matmul_precision="highest", **values)
