@@ -1,7 +1,7 @@
 """Sums over the processes of a torchrun, which share one batch between them; alone, everything here does nothing."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,16 +85,22 @@ def gather(part: Tensor) -> Tensor:
     return whole
 
 
-@torch.no_grad()
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its mean over the processes, in one message."""
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Replace every tensor by its sum over the processes, in one message; not differentiable."""
     if ranks() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for gradient, part in zip(gradients, (flat / ranks()).split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    add_up(gradients)
+    for gradient in gradients if ranks() > 1 else []:
+        gradient.div_(ranks())
 
 
 class _Normalise(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gbc.distributed import add_up, rank, ranks
 from gbc.precision import factor_type
 
 
@@ -32,10 +33,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: object = None) -> Any:
-        """Move along the orthogonalised Nesterov momentum of the gradients; a matrix without one stays."""
+        """Move along the orthogonalised Nesterov momentum of the gradients, each process's share of the matrices; one without stays."""
         for group in self.param_groups:
-            for matrix in (matrix for matrix in group["params"] if matrix.grad is not None):
+            matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
+            directions = []
+            for turn, matrix in enumerate(matrices):
                 average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
                 average.lerp_(matrix.grad, 1 - group["momentum"])
-                direction = orthogonalised(matrix.grad.lerp(average, group["momentum"]))
+                mine = turn % ranks() == rank()
+                directions.append(orthogonalised(matrix.grad.lerp(average, group["momentum"])) if mine else torch.zeros_like(matrix))
+            add_up(directions)
+            for matrix, direction in zip(matrices, directions, strict=True):
                 matrix.sub_(direction, alpha=0.2 * math.sqrt(max(matrix.shape)) * group["lr"])
