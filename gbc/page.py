@@ -133,6 +133,16 @@ def facts(params: Params, name: str, certificates: Mapping[str, Mapping[str, Any
     return found
 
 
+def agreement(values: Mapping[str, Any]) -> pd.DataFrame:
+    """The fixed codes of a mixture on which its members agree, and the others: their share, and how many are near a real image."""
+    rows = {
+        "agreed on": (values["agreed"], values["agreed_train_70"], values["agreed_control_70"]),
+        "others": (1 - values["agreed"], values["others_train_70"], values["others_control_70"]),
+    }
+    columns = ["share", "near a training image", "near an image never seen"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).astype(float)
+
+
 def failures(metrics: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line for every generator that leaves something to be desired, in numbers."""
     lines = []
@@ -273,6 +283,7 @@ def render(
             "facts": facts(params, name, certificates, histories[name]),
             "pairs": pairs(pictures[name], tables[name], labels) if name in images else [],
             "figure": FIGURES.get(name) if FIGURES.get(name) in figures else None,
+            "agreement": agreement(values) if "agreed" in values else None,
             "baselines": beside(values) if name in images else None,
         }
     headline = {}

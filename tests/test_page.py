@@ -125,6 +125,7 @@ def test_the_page_holds_all_it_is_given_in_one_file():
     certificate = report.certificate("homogeneous", homogeneity, oracle | {"log_loss": -3.0, "heldout_accuracy": None})
     shared = dict.fromkeys(report.SHARED, 0.5)
     images = dict.fromkeys(report.SCORES, 0.75) | shared | {"recall_50": 0.5, "leak_50": 0.25}
+    images |= {"agreed": 0.25, "agreed_train_70": 0.875, "agreed_control_70": 0.0625, "others_train_70": 0.3125, "others_control_70": None}
     metrics = {"toy": dict.fromkeys(report.POINTS, 1.0), "mnist": images | {"baselines": dict.fromkeys(report.BASELINES, shared)}}
     tiles = np.zeros((60, 4, 4), dtype=np.uint8)
     best = pd.DataFrame({"images": ["generated"] * 60, "ssim": np.linspace(0, 1, 60)})
@@ -132,10 +133,10 @@ def test_the_page_holds_all_it_is_given_in_one_file():
         load_params([]),
         metrics,
         {"toy": certificate, "mnist": certificate},
-        dict.fromkeys(metrics, pd.DataFrame({"classifier": [0], "alpha": [-np.log(2.1)]})),
+        dict.fromkeys(metrics, pd.DataFrame({"member": [0], "classifier": [0], "alpha": [-np.log(2.1)]})),
         {"mnist": best},
         {"mnist": {"generated": tiles, "nearest": tiles}},
-        {name: report.png(tiles[0]) for name in report.CAPTIONS},
+        {name: report.png(tiles[0]) for name in [*report.CAPTIONS, "agreed_mnist"]},
         {"kkt_step": {"threads": 2, "torch": "2", "speedup_eager": 1.25, "batch_norm": {"speedup_eager": 1.375}}},
         {"ablation_mnist": pd.DataFrame({"variant": ["all terms"], "seed": [0], "train_control_auc": [0.8125], "recall_ratio": [1.0]})},
     )
@@ -144,6 +145,8 @@ def test_the_page_holds_all_it_is_given_in_one_file():
     assert "the classifier&#39;s smallest training margin is 2 (+5.0%)" in page
     assert "batch_norm.speedup_eager" in page
     assert "0.812" in page
+    (section,) = page.split("What its members agree on")[1:]
+    assert "0.875" in section[: section.index("What the members of mnist agree on")]
     assert "| mnist" in report.summary(metrics)
     assert "toy" not in report.summary(metrics)
 
