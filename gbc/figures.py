@@ -184,7 +184,7 @@ def fig_images(generated: np.ndarray, nearest: np.ndarray, classes: int, title: 
 
     The images come class by class, as many of each; every class gets columns of its own.
     """
-    share = max(1, COLUMNS // classes)
+    share = max(1, min(COLUMNS, len(generated)) // classes)
     rows = len(generated) // classes // share
     order = np.arange(len(generated)).reshape(classes, -1)[:, : rows * share].reshape(classes, rows, share).swapaxes(0, 1).flatten()
     generated, nearest = generated[order], nearest[order]

@@ -165,7 +165,7 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
 
     The parameters stand beside the table, in <path>.json. Raises `InputError` if the task makes points, or the table has other parameters.
     """
-    task = entry(params.train_single, name)
+    task = dataclasses.replace(entry(params.train_single, name), members=1)  # one generator is born for every row
     source = task.classifiers[0]
     if params.sample[source].source == "circle":
         raise InputError(f"{name} makes points; a study scores images")

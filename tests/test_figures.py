@@ -88,5 +88,8 @@ def test_odd_rows_are_generated_and_every_class_has_columns_of_its_own(tmp_path)
             tile = shown[6 * row + 1 : 6 * row + 5, 6 * column + 1 : 6 * column + 5]
             value = 20 * (column // 2)
             assert (tile == (255 - value if row % 2 else value)).all()
+    few = fig_images(generated[::3], generated[::3], 10, "title").axes[0].images[0].get_array()
+    assert few is not None
+    assert few.shape == (2 * 6, 20 * 6)  # two of each class: one row of them
     save_figure(tmp_path / "grid.png", figure)
     assert matplotlib.image.imread(tmp_path / "grid.png").ndim == 3

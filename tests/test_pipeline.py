@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from gbc.artifacts import load_json, load_network, load_table
+from gbc.generator import Mixture
 from tests.tiny import ROOT, clone, run, stages_run
 
 
@@ -201,6 +204,21 @@ def test_a_classifiers_folder_holds_weights_and_architecture_only(project: Path)
     for folder in (project / "data/classifiers").iterdir():
         if folder.is_dir():
             assert sorted(path.name for path in folder.iterdir()) == ["architecture.json", "weights.safetensors"]
+
+
+@pytest.mark.slow
+def test_members_are_born_apart_and_the_report_says_what_they_agree_on(project: Path):
+    first, second = load_network(project / "data/generators/faces", Mixture).parts
+    assert not torch.equal(first.centres, second.centres)
+    assert not torch.equal(first.bank()[0], second.bank()[0])
+    history = load_table(project / "data/histories/faces/history.csv").set_index("member")
+    assert [history.loc[member, "step"].tolist()[-1] for member in (0, 1)] == [11, 11]
+    metrics = load_json(project / "reports/metrics.json")
+    last = [history.loc[member, "stationarity"].tolist()[-1] for member in (0, 1)]
+    assert metrics["faces"]["kkt_residual"] == pytest.approx(sum(last) / 2)
+    assert 0 <= metrics["faces"]["agreed"] <= 1
+    assert "agreed" not in metrics["toy_1"]
+    assert (project / "reports/figures/agreed_faces.png").is_file()
 
 
 def test_every_stage_names_the_modules_it_uses():
