@@ -57,16 +57,16 @@ class _Total(torch.autograd.Function):
         return slope * ranks() if ctx.alike else total(slope), None
 
 
-def total(part: Tensor, alike: bool = True) -> Tensor:
+def total(part: Tensor, alike: bool = False) -> Tensor:
     """Sum of `part` over all processes, differentiable (the mean of the processes' gradients is the gradient).
 
-    `alike` says that all processes make the same of the sum, and not each something of its own samples: then their gradients are the
-    same, and nothing needs to be sent back.
+    `alike` says that all processes make the same of the sum, and none anything of its own samples: then their gradients are the
+    same, and nothing needs to be sent back. It holds for a term of the loss.
     """
     return part if ranks() == 1 else _Total.apply(part, alike)
 
 
-def mean(part: Tensor, alike: bool = True) -> Tensor:
+def mean(part: Tensor, alike: bool = False) -> Tensor:
     """Mean over the samples, the first dimension, of all processes; each has as many. `alike`: as `total` has it."""
     return total(part.sum(0), alike) / (len(part) * ranks())
 
@@ -99,7 +99,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Replace every gradient by its mean over the processes."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     add_up(gradients)
-    for gradient in gradients if ranks() > 1 else []:
+    for gradient in gradients:
         gradient.div_(ranks())
 
 

@@ -20,7 +20,7 @@ NEAR = 0.15  # distance at which a toy sample counts as at a training point; nei
 STUDENT_STEPS, STUDENT_WIDTH = 300, 256
 BANK = ["precision_ratio", "recall_ratio", "train_control_auc", "leak_60"]  # scores of the fixed codes: every anchor, without noise
 PICTURES = 60  # generated images kept for the figure
-NEARLY = 0.7  # SSIM above which an image counts as one that its nearest real image was the model of
+NEAR_IMAGE = 0.7  # SSIM above which a fixed code counts as near a real image
 EXTENT, GRID = 1.6, 240  # the toy's landscape covers [-EXTENT, EXTENT]² with GRID² places
 
 
@@ -168,7 +168,7 @@ def score_agreement(agreed: Bool[Tensor, " n"], bank: Similarities) -> dict[str,
     scores: dict[str, float | None] = {"agreed": agreed.double().mean().item()}
     for name, chosen in (("agreed", agreed), ("others", ~agreed)):
         for role, similarity in (("train", bank.train), ("control", bank.control)):
-            near = similarity[chosen].amax(1) > NEARLY
+            near = similarity[chosen].amax(1) > NEAR_IMAGE
             scores[f"{name}_{role}_70"] = near.double().mean().item() if len(near) else None
     return scores
 
@@ -180,11 +180,12 @@ def class_means(train: Images) -> Images:
 
 
 def evaluate_images(
-    generated: Images, generator: Generator | Mixture, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
+    generated: Images, generator: Mixture, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
     """Metrics of what `generator` generated, the table of best SSIMs behind them, and pictures.
 
-    The pictures are the first images of each class and the nearest training image of each.
+    The pictures are the first images of each class and the nearest training image of each; of several members also what the first
+    agrees on with another, of each class the surest.
 
     `data` holds the training, control and reference images of all classifiers together. Where the source had no reference
     images, the held-out baseline has no `train_control_auc` and no `leak_60`.
@@ -215,19 +216,19 @@ def evaluate_images(
     shown = generated.first(each)
     nearest = ours.train[shown].argmax(1)
     pictures = {"generated": to_uint8(generated.x[shown]), "nearest": to_uint8(train.x[nearest])}
-    if isinstance(generator, Mixture) and generator.members > 1:
+    if generator.members > 1:
         agreed = agreement(bank.x, bank.y, generator.members)
         metrics |= score_agreement(agreed > AGREED, near_bank)
-        own = len(bank.y) // generator.members  # the first member's codes: none of them are the same by agreement
-        order = agreed[:own].argsort(descending=True, stable=True)
-        best = torch.cat([order[bank.y[order] == label][:each] for label in train.y.unique()])
-        pictures |= {"agreed": to_uint8(bank.x[best]), "agreed_nearest": to_uint8(train.x[near_bank.train[best].argmax(1)])}
+        order = agreed.argsort(descending=True, stable=True)
+        order = order[order % generator.members == 0]  # what a code of the first member agrees with is another's
+        surest = torch.cat([order[bank.y[order] == label][:each] for label in train.y.unique()])
+        pictures |= {"agreed": to_uint8(bank.x[surest]), "agreed_nearest": to_uint8(train.x[near_bank.train[surest].argmax(1)])}
     return metrics, table, pictures
 
 
 def evaluate_points(
     generated: Images,
-    generator: Generator | Mixture,
+    generator: Mixture,
     classifiers: Sequence[Classifier],
     data: Mapping[str, Tensor],
     active: Bool[Tensor, " points"],
@@ -253,7 +254,7 @@ def evaluate_points(
 
 
 def evaluate(
-    generator: Generator | Mixture,
+    generator: Mixture,
     classifiers: Sequence[Classifier],
     samples: Sequence[Mapping[str, Tensor]],
     active: Sequence[list[bool]],

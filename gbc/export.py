@@ -1,6 +1,7 @@
 """Write a generator as generator.pt2 (torch.export) and generator.onnx: python -m gbc.export data/generators/mnist --out exported.
 
 Both take epsilon [batch, noise] float32 and y, t and member, [batch] int64 each, for any batch, and give samples [batch, *output_shape].
+Members count from 0; an unknown label, classifier or member is not told from a known one.
 """
 
 import argparse

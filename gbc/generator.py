@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from gbc.artifacts import Network
 from gbc.distributed import BatchNorm1d, BatchNorm2d
+from gbc.params import InputError
 
 
 def kaiming(network: nn.Module, rng: torch.Generator) -> None:
@@ -126,9 +127,14 @@ class Generator(Network):
 def draw(
     members: Sequence[Generator], count: int, rng: torch.Generator, t: int | None, label: int | None
 ) -> tuple[Tensor, Int[Tensor, " count"]]:
-    """`Generator.sample` of several generators for the same classifiers, one sample of each in turn."""
+    """`Generator.sample` of several generators for the same classifiers, one sample of each in turn.
+
+    Raises `InputError` if `label` is unknown.
+    """
     first = members[0]
     known = first.known if t is None else (first.known[t],)
+    if label is not None and label not in (all_labels := sorted(set().union(*known))):
+        raise InputError(f"label {label} is unknown to this generator; it knows {', '.join(map(str, all_labels))}")
     labels = torch.tensor(sorted(set().union(*known)) if label is None else [label])
     y = labels[torch.arange(count) * len(labels) // count]
     index = torch.full_like(y, t or 0)
@@ -145,11 +151,10 @@ def draw(
 
 
 class Mixture(Network):
-    """Generators of one shape, born apart from one another from the same classifiers.
+    """Generators of one shape, born apart from one another from the same classifiers: each finds other training images.
 
-    Where each satisfies Eq. 5, so does their mixture, for the condition is linear in the distribution. Each finds some of the training
-    images, from its own draws; together they find more, and where two agree it is hardly ever
-    anything else (`gbc.similarity.agreement`).
+    Eq. 5 is linear in the distribution, so that a mixture of what satisfies it does too; under batch normalisation as far as its members
+    have the same batch statistics. `gbc.similarity.agreement` says what members agree on.
     """
 
     architecture_keys = ("members", *Generator.architecture_keys)
@@ -182,9 +187,9 @@ class Mixture(Network):
         return draw(self.parts, count, rng, t, label)
 
     def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
-        """`Generator.bank` of one member after another."""
+        """`Generator.bank`, one sample of each member in turn."""
         x, y = zip(*(part.bank() for part in self.parts), strict=True)
-        return torch.cat(x), torch.cat(y)
+        return torch.stack(x, 1).flatten(0, 1), torch.stack(y, 1).flatten()
 
 
 class Multipliers(nn.Module):

@@ -33,7 +33,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: object = None) -> Any:
-        """Move along the orthogonalised Nesterov momentum of the gradients, each process's share of the matrices; one without stays."""
+        """Move along the orthogonalised Nesterov momentum of the gradients, shared out between processes; one without a gradient stays."""
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
             directions = []

@@ -4,16 +4,40 @@ import argparse
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gbc.params import InputError
+
+if TYPE_CHECKING:  # imported where they are used: `--help` answers at once
+    from torch import Tensor
+
+    from gbc.generator import Mixture
+
+
+def surest(mixture: "Mixture", label: int | None = None) -> "Tensor":
+    """Fixed codes [n, *output_shape] of the first member that another member agrees on, of `label` or all, those of the largest SSIM first.
+
+    Raises `InputError` if there is one member alone, or no such code.
+    """
+    from gbc.similarity import AGREED, agreement
+
+    if mixture.members == 1:
+        raise InputError("this generator has one member, which has none to agree with; `members` in params.yaml has to be 2 or more")
+    x, y = mixture.bank()
+    x, y, similarity = (part[:: mixture.members] for part in (x, y, agreement(x, y, mixture.members)))
+    order = similarity.argsort(descending=True, stable=True)
+    order = order[(similarity[order] > AGREED) & ((y[order] == label) | (label is None))]
+    if not len(order):
+        raise InputError(f"the members of this generator agree on no image{'' if label is None else f' of label {label}'}")
+    return x[order]
 
 
 def grid(artifact: Path, count: int, seed: int, label: int | None = None, agreed: bool = False) -> bytes:
     """A square grid of `count` images drawn from the generator in folder `artifact`, as PNG.
 
-    With `agreed`, at most `count` of its fixed codes that its members agree on, those first on which they agree most; `seed` has no effect.
-    Raises `InputError` if there is no generator, it makes no images, the label is unknown, `count` or `seed` is out of range, or there is
-    nothing that members agree on.
+    With `agreed`, at most `count` of its first member's fixed codes that another member agrees on, the surest first; `seed` has no effect.
+    Raises `InputError` if there is no generator, it makes no images, the label is unknown, `count` or `seed` is out of range, or, with
+    `agreed`, it has one member, or they agree on nothing.
     """
     if count < 1:
         raise InputError(f"count={count} is less than 1")
@@ -24,24 +48,13 @@ def grid(artifact: Path, count: int, seed: int, label: int | None = None, agreed
 
     from gbc.artifacts import load_network, png
     from gbc.generator import Mixture, to_uint8
-    from gbc.similarity import AGREED, agreement
 
     generator = load_network(artifact, Mixture)
     shape = generator.output_shape
     if len(shape) < 2 or math.prod(shape[:-2]) not in (1, 3):
         raise InputError(f"{artifact}: its samples have shape {list(shape)}; there are no images to draw")
-    labels = sorted(set().union(*generator.known))
-    if label is not None and label not in labels:
-        raise InputError(f"label {label} is unknown to this generator; it knows {', '.join(map(str, labels))}")
     if agreed:
-        images, y = generator.bank()
-        similarity = agreement(images, y, generator.members)
-        own = torch.arange(len(y)) < len(y) // generator.members  # what a member's code agrees with is another's
-        wanted = own & (similarity > AGREED) & (torch.isin(y, y.new_tensor(labels if label is None else [label])))
-        if not wanted.any():
-            raise InputError(f"{artifact}: its {generator.members} members agree on no image; `members` in params.yaml has to be 2 or more")
-        order = similarity.argsort(descending=True, stable=True)
-        images = images[order[wanted[order]][:count]]
+        images = surest(generator, label)[:count]
     else:
         images, _ = generator.sample(count, torch.Generator().manual_seed(seed), label=label)
     images = images.reshape(len(images), -1, *shape[-2:])
@@ -55,7 +68,7 @@ def main() -> None:
     parser.add_argument("--label", type=int, help="draw this label alone; all labels in equal shares without it")
     parser.add_argument("--count", type=int, default=64, help="number of images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds draw equal images (default: %(default)s)")
-    parser.add_argument("--agreed", action="store_true", help="only images that generators born apart agree on, the surest first")
+    parser.add_argument("--agreed", action="store_true", help="not fresh noise, but what members born apart agree on, the surest first")
     parser.add_argument("--out", type=Path, required=True, help="PNG file to write")
     arguments = parser.parse_args()
     try:

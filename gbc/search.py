@@ -140,7 +140,7 @@ def clone(study: str, commit: str, classifiers: Sequence[str]) -> Iterator[Path]
 def report(trial: Trial, history: Path, start: int) -> float:
     """Tell the trial, for pruning, the violations from step `start` on; the last one, or NaN while there is none.
 
-    A violation is stationarity plus duality, both relative, of the mean classifier.
+    A violation is stationarity plus duality, both relative, mean over classifiers and members.
     """
     if not history.is_file():
         return float("nan")

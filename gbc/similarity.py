@@ -59,10 +59,7 @@ def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int 
 
 
 def agreement(x: Float[Tensor, "n *shape"], y: Int[Tensor, " n"], members: int) -> Float[Tensor, " n"]:
-    """Best SSIM of every image of a mixture's bank to one of the same label of another member; −1 if there is none.
-
-    The bank is that of `Mixture.bank`: as many images of each member, one member after another.
-    """
-    member = torch.arange(len(x)) * members // len(x)
+    """Best SSIM of every image of a mixture's bank, `Mixture.bank`, to one of the same label of another member; −1 if there is none."""
+    member = torch.arange(len(x)) % members
     comparable = (y[:, None] == y) & (member[:, None] != member)
     return torch.where(comparable, ssim(x, x), -1.0).amax(1)

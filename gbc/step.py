@@ -245,12 +245,12 @@ class Step(ABC):
         """
         features = self.features.flatten(1)
         member = nn.functional.one_hot(own, len(self.labels)).to(features)
-        sums, sizes = total(torch.cat([member.T @ features, member.sum(0)[:, None]], 1), alike=False).split([features.shape[1], 1], 1)
+        sums, sizes = total(torch.cat([member.T @ features, member.sum(0)[:, None]], 1)).split([features.shape[1], 1], 1)
         means, shares = sums / sizes.clamp_min(1), sizes / sizes.sum()
         between = (shares * (means - (shares * means).sum(0)).square()).sum()
         within = (features - means[own]).square().sum(1)
-        spread = within / (mean(within, alike=False) + between)
-        return mean((spread + TINY_SPREAD).sqrt())
+        spread = within / (mean(within) + between)
+        return mean((spread + TINY_SPREAD).sqrt(), alike=True)
 
 
 class DoubleBackward(Step):
@@ -283,7 +283,7 @@ class DoubleBackward(Step):
     def stationarity(self, own: Tensor, mu: Tensor) -> Tensor:
         """By `margin_gradient`."""
         gradient = margin_gradient(self.last, own, mu, list(self.network.parameters()), create_graph=True)
-        return stationarity(list(self.goal.values()), [total(part) for part in gradient])
+        return stationarity(list(self.goal.values()), [total(part, alike=True) for part in gradient])
 
 
 class ClosedForm(Step):
@@ -340,7 +340,7 @@ class ClosedForm(Step):
         """Layer by layer."""
         pull = mu.scatter(1, own[:, None], 0.0)
         delta = (-pull).scatter(1, own[:, None], pull.sum(1, keepdim=True))
-        along, slope = total(torch.stack([(delta * self.last).sum(0), delta.sum(0)]))
+        along, slope = total(torch.stack([(delta * self.last).sum(0), delta.sum(0)]), alike=True)
         product = norm = torch.zeros_like(self.size)
 
         def add(name: str, value: Tensor, slope: Tensor) -> None:
@@ -355,7 +355,7 @@ class ClosedForm(Step):
             gram = self.by_gram(linear)
             if gram:
                 pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.factors)
-                norm = norm + total((pairs * self.seen[depth]).sum())
+                norm = norm + total((pairs * self.seen[depth]).sum(), alike=True)
             if f"{name}.weight" in self.z1:
                 product = product + along.sum()
             if linear.bias is not None:
@@ -363,13 +363,13 @@ class ClosedForm(Step):
                 if f"{name}.weight" in self.z1:
                     product = product - (linear.bias * slope).sum()
             if depth == 0:
-                norm = norm if gram else norm + total(multiply(delta.T, self.seen[0], self.factors)).square().sum()
+                norm = norm if gram else norm + total(multiply(delta.T, self.seen[0], self.factors), alike=True).square().sum()
                 continue
             layer, (u, scale), norm_name = self.hidden[depth - 1], self.tape[depth - 1], self.norms[depth - 1][0]
             factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
             gram_below = depth == 1 and self.by_gram(self.linears[0][1])
             delta, products, (along, slope) = _Back.apply(u, delta, factor, layer, gram_below, not gram)
-            norm = norm if gram else norm + total(products).square().sum()
+            norm = norm if gram else norm + total(products, alike=True).square().sum()
             if layer.norm is not None and scale is not None:
                 add(f"{norm_name}.weight", layer.norm.weight, along)
                 add(f"{norm_name}.bias", layer.norm.bias, slope)

@@ -19,7 +19,7 @@ from gbc.artifacts import load_json, load_table, save_json, save_table
 from gbc.classifier import Classifier
 from gbc.datasets import sample
 from gbc.evaluation import evaluate
-from gbc.generator import Generator
+from gbc.generator import Generator, Mixture
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.params import InputError, Params, TrainParams, device, entry
 from gbc.pretraining import pretrain
@@ -103,7 +103,7 @@ def scored(params: Params, trained: Trained, parent: Subject, variant: str) -> d
     """The row of a study."""
     torch.set_float32_matmul_precision("highest")
     network = copy.deepcopy(parent.classifier).cpu()
-    metrics, _, _ = evaluate(trained.generator.cpu(), [network], [parent.data], [[]], params.evaluate.samples, params.seed)
+    metrics, _, _ = evaluate(Mixture.of([trained.generator.cpu()]), [network], [parent.data], [[]], params.evaluate.samples, params.seed)
     last = trained.history.iloc[-1]
     return (
         {"variant": variant, "seed": params.seed, "steps": int(last["step"]) + 1, "seconds": trained.seconds}

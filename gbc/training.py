@@ -72,8 +72,8 @@ def loss_terms(
     unit = torch.exp(-alpha).detach()
     return {
         "stationarity": step.stationarity(own, mu),
-        "duality": mean(duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta)),
-        "total_variation": total(total_variation(x)) / ranks(),
+        "duality": mean(duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta), alike=True),
+        "total_variation": total(total_variation(x), alike=True) / ranks(),
         "statistics": step.statistics_mismatch(),
         "collapse": step.collapse(own),
     }
@@ -188,14 +188,16 @@ def train(
 def train_and_save(params: Params, task: TrainParams, name: str) -> None:
     """data/classifiers/ and data/lambda/ of the task's classifiers → data/generators/<name>/ and data/histories/<name>/.
 
-    Meanwhile data/live/<name>.png and .csv show how it goes.
+    One member of the mixture is trained after another, each with a seed of its own: members of different `seed` share none. Meanwhile
+    data/live/<name>.png and .csv show how it goes with the present one. The film is the first's.
     """
+    homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
     torch.set_float32_matmul_precision(task.matmul_precision)
     births: list[Trained] = []
     with processes(device(params)) as place:
         for member in range(task.members):
+            # Anew for every member, for training puts its gate into them.
             classifiers = [load_network(Path(f"data/classifiers/{classifier}"), Classifier) for classifier in task.classifiers]
-            homogeneities = [load_homogeneity(Path(f"data/lambda/{classifier}/lambda.json")) for classifier in task.classifiers]
             own = dataclasses.replace(params, seed=params.seed * task.members + member)
             births.append(train(own, task, classifiers, homogeneities, place, live=Live(Path(f"data/live/{name}"))))
         if rank() == 0:

@@ -100,7 +100,8 @@ def evaluation(generator: Generator | Mixture, count: int = 40):
     classifier = Classifier("batchnorm", (13, 13), (8, 8), (0, 1))
     data = {f"{role}_{part}": getattr(value, part) for role, value in {"train": TRAIN, "control": CONTROL}.items() for part in "xy"}
     data |= {"reference_x": torch.empty(0), "reference_y": torch.empty(0, dtype=torch.long)}
-    return evaluate(generator, [classifier], [data], [[True] * 20], count, 0)
+    mixture = generator if isinstance(generator, Mixture) else Mixture.of([generator])
+    return evaluate(mixture, [classifier], [data], [[True] * 20], count, 0)
 
 
 def test_duplicates_are_those_of_an_earlier_image_of_the_same_class():

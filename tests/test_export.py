@@ -17,7 +17,8 @@ from gbc.artifacts import load_network, save_network
 from gbc.export import export, main
 from gbc.generator import Generator, Mixture
 from gbc.params import InputError
-from gbc.sample import grid
+from gbc.sample import grid, surest
+from gbc.similarity import AGREED, agreement
 
 KNOWN = ((0, 1), (1, 5))
 ONNX = all(find_spec(package) for package in ("onnx", "onnxscript"))
@@ -91,8 +92,8 @@ def test_label_classifier_and_member_change_the_samples_compared(exported: tuple
     first, second = exported[0].parts
     epsilon = torch.zeros(3, 3)
     samples = [first(epsilon, torch.tensor([0, 1, 5]), torch.tensor([0, 0, 0])), first(epsilon[:1], torch.tensor([1]), torch.tensor([1]))]
-    samples = torch.cat([samples[0][:3], second(epsilon[:1], torch.tensor([0]), torch.tensor([0]))]).flatten(1)
-    assert torch.cdist(samples, samples)[~torch.eye(4, dtype=torch.bool)].min() > 1e-3
+    samples = torch.cat([*samples, second(epsilon[:1], torch.tensor([0]), torch.tensor([0]))]).flatten(1)
+    assert torch.cdist(samples, samples)[~torch.eye(5, dtype=torch.bool)].min() > 1e-3
 
 
 def test_the_files_do_not_name_this_machines_folders(exported: tuple[Mixture, Path]):
@@ -127,18 +128,32 @@ def test_a_drawn_label_is_fresh_noise_of_that_label_for_the_classifiers_that_kno
         assert torch.bincount(centre, minlength=4).min() > 300
 
 
-def test_agreed_images_are_those_of_one_member_that_another_has_too(tmp_path: Path):
-    g = saved(tmp_path / "images", (12, 12))
-    with pytest.raises(InputError, match="its 2 members agree on no image"):
-        grid(tmp_path / "images", 9, 0, agreed=True)
-    twins = Mixture.of([g.parts[0], copy.deepcopy(g.parts[0])])
-    save_network(tmp_path / "twins", twins)
-    (tmp_path / "all.png").write_bytes(grid(tmp_path / "twins", 99, 0, agreed=True))
-    with Image.open(tmp_path / "all.png") as image:
-        assert image.size == (4 * 14 + 2, 3 * 14 + 2)  # 4 anchors of 3 labels, of one member
-    (tmp_path / "one.png").write_bytes(grid(tmp_path / "twins", 99, 0, 5, agreed=True))
-    with Image.open(tmp_path / "one.png") as image:
-        assert image.size == (2 * 14 + 2, 2 * 14 + 2)
+def test_agreed_images_are_those_of_one_member_that_another_has_too_the_surest_first(tmp_path: Path):
+    first, other = saved(tmp_path, (12, 12)).parts
+    twin = copy.deepcopy(first)
+    twin.centres[0] += torch.tensor([0.1, 0.0, 0.07, 0.01])[:, None]  # of the first label they agree more or less
+    twins = Mixture.of([first, twin])
+    similarity = agreement(*twins.bank(), 2)[::2]
+    assert (similarity[:4] > AGREED).all()
+    assert similarity[:4].argsort(descending=True).tolist() == [1, 3, 2, 0]
+    torch.testing.assert_close(surest(twins, 0), first.bank()[0][[1, 3, 2, 0]])
+    assert len(surest(twins)) == 12
+    twins.parts[1].layers.load_state_dict(other.layers.state_dict())
+    agreed = agreement(*twins.bank(), 2)[::2] > AGREED
+    assert not agreed.all()
+    with pytest.raises(InputError, match="agree on no image of label 3"):
+        surest(twins, 3)
+    with pytest.raises(InputError, match="this generator has one member"):
+        surest(Mixture.of([first]))
+
+
+def test_the_command_draws_agreed_images(tmp_path: Path):
+    first = saved(tmp_path, (12, 12)).parts[0]
+    save_network(tmp_path / "twins", Mixture.of([first, copy.deepcopy(first)]))
+    done = python("-m", "gbc.sample", "twins", "--agreed", "--count", "5", "--out", "agreed.png", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    with Image.open(tmp_path / "agreed.png") as image:
+        assert image.size == (3 * 14 + 2, 2 * 14 + 2)
 
 
 @pytest.mark.parametrize(("shape", "mode"), [((8, 8), "L"), ((3, 8, 8), "RGB")], ids=str)

@@ -11,7 +11,7 @@ import torch
 from gbc.classifier import Classifier
 from gbc.evaluation import evaluate
 from gbc.figures import draw, fig_images, paper_network, save_figure
-from gbc.generator import Generator
+from gbc.generator import Generator, Mixture
 from gbc.homogeneity import estimate, scaling_table
 from gbc.params import LambdaParams
 
@@ -22,7 +22,9 @@ def toy(known: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     generator = Generator(((0, 1, 2),) * known, (2,), 3, 4, 0.1, 16, 8).initialise(rng)
     classifier = Classifier("batchnorm", (2,), (8, 8), (0, 1, 2))
     data = {"train_x": torch.randn(6, 2, generator=rng), "train_y": torch.arange(6) % 3}
-    metrics, table, pictures = evaluate(generator, [classifier] * known, [data] * known, [[True] * 5 + [False]] * known, 60, 0)
+    metrics, table, pictures = evaluate(
+        Mixture.of([generator]), [classifier] * known, [data] * known, [[True] * 5 + [False]] * known, 60, 0
+    )
     assert set(metrics) == {"within_015", "points_hit", "points_active", "accuracy_on_generated"}
     assert metrics["points_active"] == 5 * known
     assert table.empty

@@ -1,6 +1,6 @@
 """Seconds to the residual that the published form of the step reaches in its whole budget: ours against it.
 
-Both train the committed generator of `mnist_10` on the committed classifier, from the same seed and with the same loss, the paper's
+Both train one member of the committed `mnist_10` on the committed classifier, from the same seed and with the same loss, the paper's
 with statistics: learned multipliers, no collapse term. The published form takes autograd's double backward into weights that require
 gradients, Adam, and float32; ours the closed form, Muon for the matrices of g and h, and the committed precision. Each follows its own
 learning-rate cosine over its own number of steps. Needs data/classifiers/mnist_10 and data/lambda/mnist_10 (`dvc pull`), and
@@ -20,6 +20,7 @@ from gbc import training
 from gbc.artifacts import load_network, load_tensors
 from gbc.classifier import Classifier
 from gbc.evaluation import evaluate
+from gbc.generator import Mixture
 from gbc.homogeneity import load_homogeneity
 from gbc.params import TrainParams, load_params
 from gbc.step import DoubleBackward
@@ -38,7 +39,8 @@ def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
     generator, history, _, seconds = training.train(params, task, [network], [homogeneity], torch.device("cpu"))
     torch.set_float32_matmul_precision("highest")
     data = load_tensors(Path(f"data/samples/{NAME}.safetensors"))
-    metrics, _, _ = evaluate(generator, [load_network(Path(f"data/classifiers/{NAME}"), Classifier)], [data], [[]], 2000, seed)
+    scorer = load_network(Path(f"data/classifiers/{NAME}"), Classifier)
+    metrics, _, _ = evaluate(Mixture.of([generator]), [scorer], [data], [[]], 2000, seed)
     return history, seconds, metrics["train_control_auc"]
 
 
