@@ -44,7 +44,7 @@ ablation: $(VENV)/installed
 	python -m stages.ablate mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' train_single.mnist_10.length=2.0 steps=500 evaluate.samples=1000
 	python -m stages.ablate mnist_plain steps=400 evaluate.samples=1000
 
-# The whole pipeline with two other seeds, for the table of means: two hours. Starts from a clean commit; the same command goes on. Stages that did not change
+# The whole pipeline with two other seeds, for the table of means: two to three hours. Starts from a clean commit; the same command goes on. Stages that did not change
 # since an earlier commit are taken from the cache.
 seeds: $(VENV)/installed
 	git diff --exit-code --stat HEAD -- . ':!data/studies/seeds.csv'
