@@ -133,13 +133,14 @@ def draw(
     """
     first = members[0]
     known = first.known if t is None else (first.known[t],)
-    if label is not None and label not in (all_labels := sorted(set().union(*known))):
-        raise InputError(f"label {label} is unknown to this generator; it knows {', '.join(map(str, all_labels))}")
-    labels = torch.tensor(sorted(set().union(*known)) if label is None else [label])
+    every = sorted(set().union(*known))
+    if label not in (None, *every):
+        raise InputError(f"label {label} is unknown to this generator; it knows {', '.join(map(str, every))}")
+    labels = torch.tensor(every if label is None else [label])
     y = labels[torch.arange(count) * len(labels) // count]
     index = torch.full_like(y, t or 0)
     if t is None:
-        knows = torch.tensor([[float(known_label in part) for part in known] for known_label in labels.tolist()])
+        knows = torch.tensor([[float(one in part) for part in known] for one in labels.tolist()])
         index = torch.multinomial(knows[torch.searchsorted(labels, y)], 1, generator=rng)[:, 0]
     anchor = torch.randint(first.anchors, (count,), generator=rng)
     anchor, y, index = (part.to(first.centres.device) for part in (anchor, y, index))

@@ -19,7 +19,7 @@ from gbc.params import Params
 
 ABOUT = {
     "mnist": "Handwritten digits, and a batch-normalised classifier as in the paper.",
-    "mnist_10": "The classifier of mnist trained on ten images per class instead of fifty: as many weights for a fifth of the images, it gives most of them away.",
+    "mnist_10": "The classifier of mnist trained on ten images per class instead of fifty: as many weights for a fifth of the images, it gives nearly all of them away.",
     "mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9 (Eq. 12).",
     "mnist_plain": "A homogeneous classifier without batch normalisation, trained with weight decay. There are no statistics to match "
     "and no collapse to hold on to: what is given away comes from stationarity.",

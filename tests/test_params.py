@@ -17,6 +17,8 @@ def test_overrides_reach_their_place_and_the_rest_stays():
     assert params.beta == 0.5
     assert params.train_single["mnist"].batch == 20
     assert params.generator.learning_rate == 0.001
+    assert params.train_single["faces"].members == 1
+    assert load_params(["+train_single.faces.members=2"]).train_single["faces"].members == 2
     assert params.train_multi["mnist_pair"].classifiers == ["mnist_low", "mnist_high"]
 
 
@@ -32,6 +34,7 @@ def test_overrides_reach_their_place_and_the_rest_stays():
         ("train_multi.mnist_pair.classifiers=[]", r"train_multi.mnist_pair.classifiers=\[\] must name 2"),
         ("steps=many", "steps"),
         ("steps=1.5", "steps"),
+        ("train_single.mnist.members=0", r"members=0 is not in \[1, 100\]"),
         ("device=tpu", "device=tpu is not one of auto, cpu, cuda"),
         ("pretrain.mnist.hidden=[100,0]", r"pretrain.mnist.hidden=0 is not in"),
         ("sample.mnist.source=imagenet", "sample.mnist.source=imagenet is not one of"),
