@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gbc.classifier import Classifier
 from gbc.generator import Generator, Mixture, to_uint8
 from gbc.params import InputError
-from gbc.similarity import AGREED, agreement, ssim
+from gbc.similarity import AGREED, agreement, ssim, surest
 
 NEAR = 0.15  # distance at which a toy sample counts as at a training point; neighbours on the circle are 0.35 apart
 STUDENT_STEPS, STUDENT_WIDTH = 300, 256
@@ -219,10 +219,9 @@ def evaluate_images(
     if generator.members > 1:
         agreed = agreement(bank.x, bank.y, generator.members)
         metrics |= score_agreement(agreed > AGREED, near_bank)
-        order = agreed.argsort(descending=True, stable=True)
-        order = order[order % generator.members == 0]  # what a code of the first member agrees with is another's
-        surest = torch.cat([order[bank.y[order] == label][:each] for label in train.y.unique()])
-        pictures |= {"agreed": to_uint8(bank.x[surest]), "agreed_nearest": to_uint8(train.x[near_bank.train[surest].argmax(1)])}
+        order = surest(agreed, generator.members)
+        order = torch.cat([order[bank.y[order] == label][:each] for label in train.y.unique()])
+        pictures |= {"agreed": to_uint8(bank.x[order]), "agreed_nearest": to_uint8(train.x[near_bank.train[order].argmax(1)])}
     return metrics, table, pictures
 
 

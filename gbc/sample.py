@@ -14,18 +14,18 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers at once
     from gbc.generator import Mixture
 
 
-def surest(mixture: "Mixture", label: int | None = None) -> "Tensor":
+def agreed_images(mixture: "Mixture", label: int | None = None) -> "Tensor":
     """Fixed codes [n, *output_shape] of the first member that another member agrees on, of `label` or all, those of the largest SSIM first.
 
     Raises `InputError` if there is one member alone, or no such code.
     """
-    from gbc.similarity import AGREED, agreement
+    from gbc.similarity import AGREED, agreement, surest
 
     if mixture.members == 1:
         raise InputError("this generator has one member, which has none to agree with; `members` in params.yaml has to be 2 or more")
     x, y = mixture.bank()
-    x, y, similarity = (part[:: mixture.members] for part in (x, y, agreement(x, y, mixture.members)))
-    order = similarity.argsort(descending=True, stable=True)
+    similarity = agreement(x, y, mixture.members)
+    order = surest(similarity, mixture.members)
     order = order[(similarity[order] > AGREED) & ((y[order] == label) | (label is None))]
     if not len(order):
         raise InputError(f"the members of this generator agree on no image{'' if label is None else f' of label {label}'}")
@@ -54,7 +54,7 @@ def grid(artifact: Path, count: int, seed: int, label: int | None = None, agreed
     if len(shape) < 2 or math.prod(shape[:-2]) not in (1, 3):
         raise InputError(f"{artifact}: its samples have shape {list(shape)}; there are no images to draw")
     if agreed:
-        images = surest(generator, label)[:count]
+        images = agreed_images(generator, label)[:count]
     else:
         images, _ = generator.sample(count, torch.Generator().manual_seed(seed), label=label)
     images = images.reshape(len(images), -1, *shape[-2:])

@@ -63,3 +63,9 @@ def agreement(x: Float[Tensor, "n *shape"], y: Int[Tensor, " n"], members: int) 
     member = torch.arange(len(x)) % members
     comparable = (y[:, None] == y) & (member[:, None] != member)
     return torch.where(comparable, ssim(x, x), -1.0).amax(1)
+
+
+def surest(similarity: Float[Tensor, " n"], members: int) -> Int[Tensor, " first"]:
+    """Places in a mixture's bank of the first member's codes, by their `agreement`, largest first: what they agree with is another's."""
+    order = similarity.argsort(descending=True, stable=True)
+    return order[order % members == 0]

@@ -17,7 +17,7 @@ from gbc.artifacts import load_network, save_network
 from gbc.export import export, main
 from gbc.generator import Generator, Mixture
 from gbc.params import InputError
-from gbc.sample import grid, surest
+from gbc.sample import agreed_images, grid
 from gbc.similarity import AGREED, agreement
 
 KNOWN = ((0, 1), (1, 5))
@@ -136,15 +136,15 @@ def test_agreed_images_are_those_of_one_member_that_another_has_too_the_surest_f
     similarity = agreement(*twins.bank(), 2)[::2]
     assert (similarity[:4] > AGREED).all()
     assert similarity[:4].argsort(descending=True).tolist() == [1, 3, 2, 0]
-    torch.testing.assert_close(surest(twins, 0), first.bank()[0][[1, 3, 2, 0]])
-    assert len(surest(twins)) == 12
+    torch.testing.assert_close(agreed_images(twins, 0), first.bank()[0][[1, 3, 2, 0]])
+    assert len(agreed_images(twins)) == 12
     twins.parts[1].layers.load_state_dict(other.layers.state_dict())
     agreed = agreement(*twins.bank(), 2)[::2] > AGREED
     assert not agreed.all()
     with pytest.raises(InputError, match="agree on no image of label 3"):
-        surest(twins, 3)
+        agreed_images(twins, 3)
     with pytest.raises(InputError, match="this generator has one member"):
-        surest(Mixture.of([first]))
+        agreed_images(Mixture.of([first]))
 
 
 def test_the_command_draws_agreed_images(tmp_path: Path):
