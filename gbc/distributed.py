@@ -66,9 +66,17 @@ def total(part: Tensor, alike: bool = False) -> Tensor:
     return part if ranks() == 1 else _Total.apply(part, alike)
 
 
-def mean(part: Tensor, alike: bool = False) -> Tensor:
-    """Mean over the samples, the first dimension, of all processes; each has as many. `alike`: as `total` has it."""
-    return total(part.sum(0), alike) / (len(part) * ranks())
+def totals(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`total` of every part in one message, for sums of which all processes make the same."""
+    if ranks() == 1:
+        return parts
+    whole = total(torch.cat([part.flatten() for part in parts]), alike=True)
+    return [flat.view_as(part) for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)]
+
+
+def mean(part: Tensor) -> Tensor:
+    """Mean over the samples, the first dimension, of all processes; each has as many."""
+    return total(part.sum(0)) / (len(part) * ranks())
 
 
 def share(whole: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import gather, mean, normalise, ranks, total
+from gbc.distributed import gather, mean, normalise, ranks, total, totals
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, relative_residual, stationarity, target
 from gbc.precision import add_product, factor_type, multiply
@@ -121,10 +121,11 @@ class _Ahead(torch.autograd.Function):
 
 
 class _Back(torch.autograd.Function):
-    """u and δ of the layer above → δ = ∂/∂z or, if `gram`, δ δᵀ; if `outer`, δᵀ a of the weights above; and Σ d·u and Σ d over samples.
+    """u and δ of the layer above → δ = ∂/∂z or, if `gram`, δ δᵀ; if `outer`, δᵀ a of the weights above; and Σ d·u and Σ d.
 
-    d = ∂/∂(what enters the ReLU). Without batch normalisation it is δ; with it, δ = (d − ⟨d⟩ − u·⟨d·u⟩)·factor, where factor is the inverse
-    deviation times the weight, and the sums are the slopes of its weight and bias. The slope of δ δᵀ has to be symmetric.
+    The sums are over this process's samples, and d = ∂/∂(what enters the ReLU). Without batch normalisation it is δ; with it,
+    δ = (d − ⟨d⟩ − u·⟨d·u⟩)·factor, where factor is the inverse deviation times the weight, and the sums are this process's share of
+    the slopes of its weight and bias. The slope of δ δᵀ has to be symmetric.
     """
 
     @staticmethod
@@ -132,14 +133,13 @@ class _Back(torch.autograd.Function):
         weight, factors, count = layer.weight, layer.weight.dtype, len(u) * ranks()
         kept = multiply(above, weight, factors) if NARROW * len(weight) > weight.shape[1] else None
         seen = u.new_zeros(len(u), count) if gram else torch.empty_like(u)
-        products, sums = u.new_empty(weight.shape if outer else 0), u.new_empty(2, u.shape[1])
+        products, sums, means = u.new_empty(weight.shape if outer else 0), u.new_empty(2, u.shape[1]), u.new_zeros(2, u.shape[1])
         for block in blocks(u):
             some, y = u[:, block], layer.before(u[:, block], block)
             delta = (multiply(above, weight[:, block], factors) if kept is None else kept[:, block]) * layer.gate(y)
             sums[:, block] = torch.stack([(delta * some).sum(0), delta.sum(0)])
             if factor is not None:
-                sums[:, block] = total(sums[:, block])
-                along, slope = sums[:, block] / count
+                along, slope = means[:, block] = total(sums[:, block]) / count
                 delta = delta.sub_(slope).addcmul_(some, along, value=-1).mul_(factor[block])
             if gram:
                 mine = delta.to(factors)
@@ -148,9 +148,7 @@ class _Back(torch.autograd.Function):
                 seen[:, block] = delta
             if outer:
                 products[:, block] = multiply(above.T, y.clamp_min(0), factors)
-        if factor is None:
-            sums = total(sums)
-        ctx.save_for_backward(u, above, factor, kept, sums / count)
+        ctx.save_for_backward(u, above, factor, kept, means)
         ctx.layer, ctx.gram, ctx.outer = layer, gram, outer
         return mirror(seen) if gram else seen, products, sums
 
@@ -162,8 +160,6 @@ class _Back(torch.autograd.Function):
         u_slope, above_slope = torch.empty_like(u), torch.zeros_like(above)
         kept_slope = torch.empty_like(kept) if kept is not None else None
         factor_slope, twice = torch.empty_like(u[0]), 2 * seen_slope if ctx.gram else seen_slope
-        if factor is None:
-            sums_slope = sums_slope * ranks()
         for block in blocks(u):
             some, y = u[:, block], layer.before(u[:, block], block)
             gate, pull = layer.gate(y), multiply(above, weight[:, block], factors) if kept is None else kept[:, block]
@@ -176,7 +172,7 @@ class _Back(torch.autograd.Function):
                 pulls = torch.stack([(push * some).sum(0), push.sum(0)])
                 factor_slope[block] = (push * d).sum(0) - (means[:, block] * pulls).sum(0)
                 push = push * factor[block]
-                stretch, shift = total(sums_slope[:, block] - factor[block] * pulls / count)
+                stretch, shift = sums_slope[:, block] - total(factor[block] * pulls / count)
             d_slope, some_slope = (push + shift).addcmul_(some, stretch), d * stretch
             if factor is not None:
                 some_slope.addcmul_(push, along, value=-1)
@@ -250,7 +246,7 @@ class Step(ABC):
         between = (shares * (means - (shares * means).sum(0)).square()).sum()
         within = (features - means[own]).square().sum(1)
         spread = within / (mean(within) + between)
-        return mean((spread + TINY_SPREAD).sqrt(), alike=True)
+        return mean((spread + TINY_SPREAD).sqrt())
 
 
 class DoubleBackward(Step):
@@ -283,7 +279,7 @@ class DoubleBackward(Step):
     def stationarity(self, own: Tensor, mu: Tensor) -> Tensor:
         """By `margin_gradient`."""
         gradient = margin_gradient(self.last, own, mu, list(self.network.parameters()), create_graph=True)
-        return stationarity(list(self.goal.values()), [total(part, alike=True) for part in gradient])
+        return stationarity(list(self.goal.values()), totals(gradient))
 
 
 class ClosedForm(Step):
@@ -340,7 +336,27 @@ class ClosedForm(Step):
         """Layer by layer."""
         pull = mu.scatter(1, own[:, None], 0.0)
         delta = (-pull).scatter(1, own[:, None], pull.sum(1, keepdim=True))
-        along, slope = total(torch.stack([(delta * self.last).sum(0), delta.sum(0)]), alike=True)
+        sums = torch.stack([(delta * self.last).sum(0), delta.sum(0)])
+        parts: list[Tensor] = []  # this process's, from the last layer down
+        for depth in reversed(range(len(self.linears))):
+            gram = self.by_gram(self.linears[depth][1])
+            parts.append(sums)
+            if gram:
+                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.factors)
+                parts.append((pairs * self.seen[depth]).sum())
+            elif depth == 0:
+                parts.append(multiply(delta.T, self.seen[0], self.factors))
+            if depth:
+                layer, (u, scale) = self.hidden[depth - 1], self.tape[depth - 1]
+                factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
+                gram_below = depth == 1 and self.by_gram(self.linears[0][1])
+                delta, products, sums = _Back.apply(u, delta, factor, layer, gram_below, not gram)
+                parts += [] if gram else [products]
+        whole = totals(parts)
+        return self.residual(whole[::2], whole[1::2])
+
+    def residual(self, sums: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """From the last layer down: Σ δ·z and Σ δ, or what `_Back` has of batch normalisation; and ‖∇_W‖² if by Gram matrices, else ∇_W."""
         product = norm = torch.zeros_like(self.size)
 
         def add(name: str, value: Tensor, slope: Tensor) -> None:
@@ -350,30 +366,19 @@ class ClosedForm(Step):
             if name in self.z1:
                 product = product + (value * slope).sum()
 
-        for depth in reversed(range(len(self.linears))):
+        for depth, (along, slope), weight in zip(reversed(range(len(self.linears))), sums, weights, strict=True):
             name, linear = self.linears[depth]
-            gram = self.by_gram(linear)
-            if gram:
-                pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.factors)
-                norm = norm + total((pairs * self.seen[depth]).sum(), alike=True)
+            if depth < len(self.hidden) and (normed := self.hidden[depth].norm) is not None and (scale := self.tape[depth][1]) is not None:
+                add(f"{self.norms[depth][0]}.weight", normed.weight, along)
+                add(f"{self.norms[depth][0]}.bias", normed.bias, slope)
+                along = normed.weight * along * normed.eps * scale.square()  # Σ δ·z, for the mean of u² is 1 − ε·scale²
+            norm = norm + (weight.square().sum() if weight.ndim else weight)
             if f"{name}.weight" in self.z1:
                 product = product + along.sum()
             if linear.bias is not None:
                 add(f"{name}.bias", linear.bias, slope)
                 if f"{name}.weight" in self.z1:
                     product = product - (linear.bias * slope).sum()
-            if depth == 0:
-                norm = norm if gram else norm + total(multiply(delta.T, self.seen[0], self.factors), alike=True).square().sum()
-                continue
-            layer, (u, scale), norm_name = self.hidden[depth - 1], self.tape[depth - 1], self.norms[depth - 1][0]
-            factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
-            gram_below = depth == 1 and self.by_gram(self.linears[0][1])
-            delta, products, (along, slope) = _Back.apply(u, delta, factor, layer, gram_below, not gram)
-            norm = norm if gram else norm + total(products, alike=True).square().sum()
-            if layer.norm is not None and scale is not None:
-                add(f"{norm_name}.weight", layer.norm.weight, along)
-                add(f"{norm_name}.bias", layer.norm.bias, slope)
-                along = layer.norm.weight * along * layer.norm.eps * scale.square()  # Σ δ·z, for the mean of u² is 1 − ε·scale²
         return relative_residual(product, self.size, norm)
 
 

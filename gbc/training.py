@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gbc.artifacts import load_network, save_json, save_network, save_table, save_tensors
 from gbc.classifier import Classifier
-from gbc.distributed import average_gradients, mean, processes, rank, ranks, share, total
+from gbc.distributed import average_gradients, mean, processes, rank, ranks, share, totals
 from gbc.generator import Generator, Mixture, Multipliers, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
@@ -58,8 +58,9 @@ def loss_terms(
     alpha: Float[Tensor, ""],
     delta: float,
     floor: float,
+    collapse: bool,
 ) -> dict[str, Tensor]:
-    """Every term of the loss for one classifier, unweighted.
+    """The terms of the loss for one classifier, unweighted; collapse if asked for.
 
     Duality is in units of the margin asked for, e^{−α}, and `delta` is its share; the unit carries no gradient, or α could shrink
     the loss by shrinking the unit's inverse. `floor` keeps the runner-up's multipliers, the only ones of the paper's
@@ -70,13 +71,15 @@ def loss_terms(
     runner_up = logits.scatter(1, own[:, None], -torch.inf).argmax(1, keepdim=True)
     mu = mu.scatter(1, runner_up, mu.gather(1, runner_up).clamp_min(floor))
     unit = torch.exp(-alpha).detach()
-    return {
+    slack = duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta)
+    means = totals([slack.sum() / len(slack), total_variation(x)])
+    terms = {
         "stationarity": step.stationarity(own, mu),
-        "duality": mean(duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta), alike=True),
-        "total_variation": total(total_variation(x), alike=True) / ranks(),
+        "duality": means[0] / ranks(),
+        "total_variation": means[1] / ranks(),
         "statistics": step.statistics_mismatch(),
-        "collapse": step.collapse(own),
     }
+    return terms | ({"collapse": step.collapse(own)} if collapse else {})
 
 
 @torch.no_grad()
@@ -159,7 +162,8 @@ def train(
             samples = g(share(g.perturb(anchor, y_all, rng)), share(y_all), share(index))
             parts = [size // ranks() for size in sizes]
             for t, (step, x, y) in enumerate(zip(steps, samples.split(parts), share(y_all).split(parts), strict=True)):
-                terms = loss_terms(step, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor)
+                logged = done % every == 0 or done == count - 1
+                terms = loss_terms(step, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor, logged or task.collapse > 0)
                 weights = {
                     "stationarity": task.stationarity,
                     "duality": params.beta * task.duality,
@@ -169,7 +173,7 @@ def train(
                 }
                 loss = loss + sum(weight * terms[name] for name, weight in weights.items() if weight)
                 loss = loss + params.beta * task.margin_reward * alpha[t]
-                if done % every == 0 or done == count - 1:
+                if logged:
                     rows.append({"step": done, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
                     bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")}, refresh=False)
             for parameter in trained:

@@ -91,7 +91,7 @@ def test_loss_terms_measure_margins_in_units_of_the_margin_asked_for():
     x, y = data["train_x"], data["train_y"]
     margin = smallest_margin(network(x), y).detach()
     alpha = torch.tensor(-2.0, requires_grad=True)
-    terms = loss_terms(step, x.clone().requires_grad_(), y, torch.ones(18, 3), alpha, delta=0.1, floor=0.0)
+    terms = loss_terms(step, x.clone().requires_grad_(), y, torch.ones(18, 3), alpha, delta=0.1, floor=0.0, collapse=False)
     relative = margin / np.exp(2)
     expected = (relative - 1.1).clamp_min(0) + (1 - relative).clamp_min(0)
     assert terms["duality"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
@@ -107,7 +107,7 @@ def test_the_floor_lifts_the_runner_ups_multiplier_only():
     goal = list(target(network, homogeneity).values())
     explicit = stationarity(goal, margin_gradient(network.set_gate(50.0)(x), y, 0.5 * runner_up, list(network.parameters())))
     step = step_of(network, homogeneity, 50.0)
-    floored = loss_terms(step, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5)["stationarity"]
+    floored = loss_terms(step, x, y, torch.zeros(18, 3), torch.tensor(0.0), 0.1, floor=0.5, collapse=False)["stationarity"]
     assert floored.item() == pytest.approx(explicit.item(), abs=1e-6)
 
 
