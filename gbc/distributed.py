@@ -57,20 +57,19 @@ class _Total(torch.autograd.Function):
         return slope * ranks() if ctx.alike else total(slope), None
 
 
-def total(part: Tensor, alike: bool = False) -> Tensor:
-    """Sum of `part` over all processes, differentiable (the mean of the processes' gradients is the gradient).
-
-    `alike` says that all processes make the same of the sum, and none anything of its own samples: then their gradients are the
-    same, and nothing needs to be sent back. It holds for a term of the loss.
-    """
-    return part if ranks() == 1 else _Total.apply(part, alike)
+def total(part: Tensor) -> Tensor:
+    """Sum of `part` over all processes, differentiable (the mean of the processes' gradients is the gradient)."""
+    return part if ranks() == 1 else _Total.apply(part, False)
 
 
 def totals(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`total` of every part in one message, for sums of which all processes make the same."""
+    """`total` of every part, all in one message, of which every process makes the same and none anything of its own samples.
+
+    Then the processes' gradients are the same, and nothing needs to be sent back. It holds for what the loss alone is made of.
+    """
     if ranks() == 1:
         return parts
-    whole = total(torch.cat([part.flatten() for part in parts]), alike=True)
+    whole = _Total.apply(torch.cat([part.flatten() for part in parts]), True)
     return [flat.view_as(part) for flat, part in zip(whole.split([part.numel() for part in parts]), parts, strict=True)]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gbc.artifacts import load_network, save_json, save_network, save_table, save_tensors
 from gbc.classifier import Classifier
+from gbc.closed_form import step_of
 from gbc.distributed import average_gradients, mean, processes, rank, ranks, share, totals
 from gbc.generator import Generator, Mixture, Multipliers, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
@@ -21,7 +22,7 @@ from gbc.kkt import duality, smallest_margin
 from gbc.muon import Muon
 from gbc.params import InputError, Params, TrainParams, device
 from gbc.progress import Live, progress
-from gbc.step import Step, step_of
+from gbc.step import Step
 
 HISTORY_ROWS = 200  # of the loss curve, about
 SHOTS, SHOWN = 8, 20  # of the film: its pictures after the first, ever further apart, and the samples in each

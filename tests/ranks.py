@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gbc import step
+from gbc import closed_form
 from gbc.artifacts import save_tensors
 from gbc.classifier import Classifier
 from gbc.distributed import processes, rank
@@ -55,7 +55,7 @@ def classifier(architecture: str, seed: int) -> Classifier:
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    step.BLOCK = 192  # numbers: several blocks of neurons
+    closed_form.BLOCK = 192  # numbers: several blocks of neurons
     networks = {name: [classifier(name.split("-")[0], seed) for seed in (0, 1)] for name in sys.argv[2:]}
     with processes(torch.device("cpu")) as device:
         for name, pair in networks.items():

@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gbc.classifier import Classifier, SmoothGateReLU
+from gbc.closed_form import ClosedForm, step_of
 from gbc.distributed import normalise
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import margin_gradient, stationarity, target
 from gbc.precision import factor_type
-from gbc.step import TINY_SPREAD, ClosedForm, DoubleBackward, chunked_stationarity, step_of
+from gbc.step import TINY_SPREAD, DoubleBackward, chunked_stationarity
 
 PERCEPTRONS = ["homogeneous", "biased", "batchnorm"]
 
@@ -66,7 +67,7 @@ def test_the_closed_form_equals_the_double_backward(architecture, hidden, sample
     expected = reference(net, homogeneity, gate, x, own, mu)
     step = step_of(net, homogeneity, gate)
     assert isinstance(step, ClosedForm)
-    with mock.patch.multiple("gbc.step", BLOCK=16 * samples, STRIP=7, NARROW=2):  # several of each
+    with mock.patch.multiple("gbc.closed_form", BLOCK=16 * samples, STRIP=7, NARROW=2):  # several of each
         torch.testing.assert_close(step.logits(x), net(x))
         residual = step.stationarity(own, mu)
         found = residual.detach(), *torch.autograd.grad(residual, (x, mu))
@@ -136,7 +137,7 @@ def test_bfloat16_factors_change_the_gradient_by_less_than_a_tenth(architecture:
     own = net(x).argmax(1)  # positive margins: elsewhere the residual may be flat
     found = []
     for factors in (torch.float32, torch.bfloat16):
-        with mock.patch("gbc.step.factor_type", return_value=factors):
+        with mock.patch("gbc.closed_form.factor_type", return_value=factors):
             step = step_of(net, everywhere(net), 50.0)
         step.logits(x)
         residual = step.stationarity(own, mu)

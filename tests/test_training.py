@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gbc.classifier import Classifier
+from gbc.closed_form import step_of
 from gbc.datasets import sample
 from gbc.generator import Generator
 from gbc.homogeneity import Homogeneity, estimate
@@ -17,7 +18,6 @@ from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
 from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
 from gbc.pretraining import pretrain
 from gbc.progress import Live
-from gbc.step import step_of
 from gbc.training import draw_codes, loss_terms, total_variation, train
 from tests import ranks
 

@@ -10,9 +10,9 @@ import dataclasses
 import torch
 
 from gbc.classifier import Classifier
+from gbc.closed_form import step_of
 from gbc.homogeneity import Homogeneity
 from gbc.params import TrainParams, load_params
-from gbc.step import step_of
 from gbc.training import train
 from tests.benchmarks import interleaved, random_network, show, untrained
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gbc.closed_form import step_of
 from gbc.kkt import stationarity, target
 from gbc.params import load_params
-from gbc.step import DoubleBackward, Step, step_of
+from gbc.step import DoubleBackward, Step
 from tests.benchmarks import interleaved, peak_bytes, random_network, show
 
 ROUNDS, VMAP_SAMPLES, SQUARE = 15, 20, 2048
