@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import gather, normalise, ranks, total, totals
+from gbc.distributed import gather, loss_totals, normalise, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, relative_residual
 from gbc.precision import add_product, factor_type, multiply
@@ -26,8 +26,8 @@ NARROW = 16  # a layer so many times narrower than the one below sends δ back a
 class Hidden(NamedTuple):
     """A hidden layer from u, which is z or, under batch normalisation, z normalised; and the weights above it."""
 
-    weight: Tensor  # of the layer above; its type is that of the products' factors
-    bias: Tensor | None  # of the layer above
+    weight_above: Tensor  # its type is that of the products' factors
+    bias_above: Tensor | None
     norm: nn.BatchNorm1d | None
     sharpness: float | None
 
@@ -92,12 +92,12 @@ class _Ahead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, layer: Hidden, gram: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(u)
-        ctx.layer, ctx.gram, factors = layer, gram, layer.weight.dtype
-        z = u.new_zeros(len(u), len(layer.weight)) if layer.bias is None else layer.bias.repeat(len(u), 1)
+        ctx.layer, ctx.gram, factors = layer, gram, layer.weight_above.dtype
+        z = u.new_zeros(len(u), len(layer.weight_above)) if layer.bias_above is None else layer.bias_above.repeat(len(u), 1)
         seen = u.new_zeros(len(u), len(u) * ranks() * gram)
         for block in blocks(u):
             a = layer.before(u[:, block], block).clamp_min(0).to(factors)
-            add_product(z, a, layer.weight[:, block].T, factors)
+            add_product(z, a, layer.weight_above[:, block].T, factors)
             if gram:
                 add_gram(seen, a, gather(a))
         return z, mirror(seen)
@@ -105,11 +105,11 @@ class _Ahead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, z_slope: Tensor, seen_slope: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (u,), layer, factors = ctx.saved_tensors, ctx.layer, ctx.layer.weight.dtype
+        (u,), layer, factors = ctx.saved_tensors, ctx.layer, ctx.layer.weight_above.dtype
         u_slope = torch.empty_like(u)
         for block in blocks(u):
             y = layer.before(u[:, block], block)
-            push = multiply(z_slope, layer.weight[:, block], factors)
+            push = multiply(z_slope, layer.weight_above[:, block], factors)
             if ctx.gram:
                 add_product(push, seen_slope, gather(y.clamp_min(0).to(factors)), factors, 2.0)
             layer.down(torch.mul(push, layer.gate(y), out=u_slope[:, block]), block)
@@ -121,22 +121,23 @@ class _Back(torch.autograd.Function):
 
     The sums are over this process's samples, and d = ∂/∂(what enters the ReLU). Without batch normalisation it is δ; with it,
     δ = (d − ⟨d⟩ − u·⟨d·u⟩)·factor, where factor is the inverse deviation times the weight, and the sums are this process's share of
-    the slopes of its weight and bias. The slope of δ δᵀ has to be symmetric.
+    the slopes of its weight and bias. The slope of δ δᵀ has to be symmetric. In `backward` d, δ and pull = ∂/∂a are still slopes of
+    Σ μ m; push = ∂/∂δ, pulls, stretch, shift and whatever ends in _slope are of the loss.
     """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, above: Tensor, factor: Tensor | None, layer: Hidden, gram: bool, outer: bool) -> tuple[Tensor, ...]:
-        weight, factors, count = layer.weight, layer.weight.dtype, len(u) * ranks()
+        weight, factors, count = layer.weight_above, layer.weight_above.dtype, len(u) * ranks()
         kept = multiply(above, weight, factors) if NARROW * len(weight) > weight.shape[1] else None
         seen = u.new_zeros(len(u), count) if gram else torch.empty_like(u)
         products, sums, means = u.new_empty(weight.shape if outer else 0), u.new_empty(2, u.shape[1]), u.new_zeros(2, u.shape[1])
         for block in blocks(u):
-            some, y = u[:, block], layer.before(u[:, block], block)
+            u_block, y = u[:, block], layer.before(u[:, block], block)
             delta = (multiply(above, weight[:, block], factors) if kept is None else kept[:, block]) * layer.gate(y)
-            sums[:, block] = torch.stack([(delta * some).sum(0), delta.sum(0)])
+            sums[:, block] = torch.stack([(delta * u_block).sum(0), delta.sum(0)])
             if factor is not None:
-                along, slope = means[:, block] = total(sums[:, block]) / count
-                delta = delta.sub_(slope).addcmul_(some, along, value=-1).mul_(factor[block])
+                mean_du, mean_d = means[:, block] = total(sums[:, block]) / count
+                delta = delta.sub_(mean_d).addcmul_(u_block, mean_du, value=-1).mul_(factor[block])
             if gram:
                 mine = delta.to(factors)
                 add_gram(seen, mine, gather(mine))
@@ -152,33 +153,36 @@ class _Back(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, seen_slope: Tensor, products_slope: Tensor, sums_slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         u, above, factor, kept, means = ctx.saved_tensors
-        layer, weight, factors, count = ctx.layer, ctx.layer.weight, ctx.layer.weight.dtype, len(u) * ranks()
+        layer, weight, factors, count = ctx.layer, ctx.layer.weight_above, ctx.layer.weight_above.dtype, len(u) * ranks()
         u_slope, above_slope = torch.empty_like(u), torch.zeros_like(above)
         kept_slope = torch.empty_like(kept) if kept is not None else None
-        factor_slope, twice = torch.empty_like(u[0]), 2 * seen_slope if ctx.gram else seen_slope
+        factor_slope = torch.empty_like(u[0])
+        if ctx.gram:
+            seen_slope = 2 * seen_slope
         for block in blocks(u):
-            some, y = u[:, block], layer.before(u[:, block], block)
+            u_block, y = u[:, block], layer.before(u[:, block], block)
             gate, pull = layer.gate(y), multiply(above, weight[:, block], factors) if kept is None else kept[:, block]
-            d, (along, slope), (stretch, shift) = pull * gate, means[:, block], sums_slope[:, block]
-            push = seen_slope[:, block]  # ∂/∂δ
+            d, (mean_du, mean_d), (stretch, shift) = pull * gate, means[:, block], sums_slope[:, block]
             if ctx.gram:
-                delta = d if factor is None else (d - slope).addcmul_(some, along, value=-1).mul_(factor[block])
-                push = multiply(twice, gather(delta.to(factors)), factors)
+                delta = d if factor is None else (d - mean_d).addcmul_(u_block, mean_du, value=-1).mul_(factor[block])
+                push = multiply(seen_slope, gather(delta.to(factors)), factors)
+            else:
+                push = seen_slope[:, block]
             if factor is not None:
-                pulls = torch.stack([(push * some).sum(0), push.sum(0)])
+                pulls = torch.stack([(push * u_block).sum(0), push.sum(0)])
                 factor_slope[block] = (push * d).sum(0) - (means[:, block] * pulls).sum(0)
                 push = push * factor[block]
                 stretch, shift = sums_slope[:, block] - total(factor[block] * pulls / count)
-            d_slope, some_slope = (push + shift).addcmul_(some, stretch), d * stretch
+            d_slope, u_block_slope = (push + shift).addcmul_(u_block, stretch), d * stretch
             if factor is not None:
-                some_slope.addcmul_(push, along, value=-1)
+                u_block_slope.addcmul_(push, mean_du, value=-1)
             # d = pull · gate(y)
             y_slope = torch.ops.aten.sigmoid_backward(d_slope * pull, gate)
             pull_slope = d_slope.mul_(gate)
             if ctx.outer:
                 add_product(above_slope, y.clamp_min(0), products_slope[:, block].T, factors)
-                some_slope += layer.down(multiply(above, products_slope[:, block], factors).mul_(gate), block)
-            torch.add(some_slope, layer.down(y_slope, block), alpha=layer.sharpness or 0.0, out=u_slope[:, block])
+                u_block_slope += layer.down(multiply(above, products_slope[:, block], factors).mul_(gate), block)
+            torch.add(u_block_slope, layer.down(y_slope, block), alpha=layer.sharpness or 0.0, out=u_slope[:, block])
             if kept_slope is None:
                 add_product(above_slope, pull_slope, weight[:, block].T, factors)
             else:
@@ -200,7 +204,7 @@ class ClosedForm(Step):
     def __init__(self, network: Classifier, homogeneity: Homogeneity, gate: float | None):
         super().__init__(network, homogeneity, gate)
         self.z1 = set(homogeneity.z1)
-        self.size = inner(list(self.goal.values()), list(self.goal.values()))
+        self.goal_square = inner(list(self.goal.values()), list(self.goal.values()))
         network.requires_grad_(False)
         children = [(f"layers.{name}", layer) for name, layer in network.layers.named_children()]
         self.linears = [(name, layer) for name, layer in children if isinstance(layer, nn.Linear)]
@@ -224,7 +228,7 @@ class ClosedForm(Step):
         (_, lowest), *others = self.linears
         z = x.new_zeros(len(x), len(self.first)) if lowest.bias is None else lowest.bias.repeat(len(x), 1)
         add_product(z, x, self.first.T, self.factors)
-        self.seen = [_Gram.apply(x, self.factors) if self.by_gram(lowest) else x]  # of a layer's input: a aᵀ, if the residual takes it
+        self.inputs = [_Gram.apply(x, self.factors) if self.by_gram(lowest) else x]  # a aᵀ of what enters a layer, if the residual takes it
         for layer, (_, above) in zip(self.hidden, others, strict=True):
             scale = None
             if layer.norm is not None:
@@ -232,60 +236,65 @@ class ClosedForm(Step):
                 self.remember(layer.norm, average, variance, len(x))
             self.tape.append((z, scale))
             z, seen = _Ahead.apply(z, layer, self.by_gram(above))
-            self.seen.append(seen)
+            self.inputs.append(seen)
         if self.hidden:
             self.features = self.hidden[-1].before(self.tape[-1][0])
         self.last = z
         return z
 
     def stationarity(self, own: Tensor, mu: Tensor) -> Tensor:
-        """Layer by layer."""
+        """Layer by layer, from the last."""
+        # The slopes of Σ μ m at the logits: Σ_c μ_c at the sample's own class, −μ_c at the others.
         pull = mu.scatter(1, own[:, None], 0.0)
         delta = (-pull).scatter(1, own[:, None], pull.sum(1, keepdim=True))
-        sums = torch.stack([(delta * self.last).sum(0), delta.sum(0)])
-        parts: list[Tensor] = []  # this process's, from the last layer down
+        vectors, gradients = [torch.stack([(delta * self.last).sum(0), delta.sum(0)])], []  # of this process
         for depth in reversed(range(len(self.linears))):
             gram = self.by_gram(self.linears[depth][1])
-            parts.append(sums)
-            if gram:
+            if gram:  # the lowest layer's δ is needed for nothing else, and _Back has made δ δᵀ of it
                 pairs = delta if depth == 0 and self.hidden else _Gram.apply(delta, self.factors)
-                parts.append((pairs * self.seen[depth]).sum())
+                gradients.append((pairs * self.inputs[depth]).sum())
             elif depth == 0:
-                parts.append(multiply(delta.T, self.seen[0], self.factors))
+                gradients.append(multiply(delta.T, self.inputs[0], self.factors))
             if depth:
                 layer, (u, scale) = self.hidden[depth - 1], self.tape[depth - 1]
                 factor = None if scale is None or layer.norm is None else scale * layer.norm.weight
                 gram_below = depth == 1 and self.by_gram(self.linears[0][1])
                 delta, products, sums = _Back.apply(u, delta, factor, layer, gram_below, not gram)
-                parts += [] if gram else [products]
-        whole = totals(parts)
-        return self.residual(whole[::2], whole[1::2])
+                gradients += [] if gram else [products]
+                vectors.append(sums)
+        whole = loss_totals([*vectors, *gradients])
+        return self._residual(whole[: len(vectors)], whole[len(vectors) :])
 
-    def residual(self, sums: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """From the last layer down: Σ δ·z and Σ δ, or what `_Back` has of batch normalisation; and ‖∇_W‖² if by Gram matrices, else ∇_W."""
-        product = norm = torch.zeros_like(self.size)
+    def _residual(self, vectors: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+        """Eq. 5 from ⟨Λ̄ζ, G⟩ and ‖G‖², where G = Σ μ ∇m.
+
+        For every linear layer from the last down, `vectors` are Σ δ·z and Σ δ, or the slopes of the weight and bias of the batch
+        normalisation that follows it; `gradients` are ∇_W, or ‖∇_W‖² alone.
+        """
+        product = norm = torch.zeros_like(self.goal_square)
 
         def add(name: str, value: Tensor, slope: Tensor) -> None:
-            """A vector among the parameters joins ⟨goal, gradient⟩ and ‖gradient‖²."""
+            """A vector among the parameters joins ⟨Λ̄ζ, G⟩, which is on Z₁ ζ itself, and ‖G‖²."""
             nonlocal product, norm
             norm = norm + slope.square().sum()
             if name in self.z1:
                 product = product + (value * slope).sum()
 
-        for depth, (along, slope), weight in zip(reversed(range(len(self.linears))), sums, weights, strict=True):
+        for depth, (along, slope), gradient in zip(reversed(range(len(self.linears))), vectors, gradients, strict=True):
             name, linear = self.linears[depth]
-            if depth < len(self.hidden) and (normed := self.hidden[depth].norm) is not None and (scale := self.tape[depth][1]) is not None:
-                add(f"{self.norms[depth][0]}.weight", normed.weight, along)
-                add(f"{self.norms[depth][0]}.bias", normed.bias, slope)
+            norm_name, normed = self.norms[depth] if depth < len(self.norms) else ("", None)
+            if normed is not None and (scale := self.tape[depth][1]) is not None:
+                add(f"{norm_name}.weight", normed.weight, along)
+                add(f"{norm_name}.bias", normed.bias, slope)
                 along = normed.weight * along * normed.eps * scale.square()  # Σ δ·z, for the mean of u² is 1 − ε·scale²
-            norm = norm + (weight.square().sum() if weight.ndim else weight)
+            norm = norm + (gradient.square().sum() if gradient.ndim else gradient)
             if f"{name}.weight" in self.z1:
-                product = product + along.sum()
+                product = product + along.sum()  # ⟨W, ∇_W⟩ = Σ δ·(z − b)
             if linear.bias is not None:
                 add(f"{name}.bias", linear.bias, slope)
                 if f"{name}.weight" in self.z1:
                     product = product - (linear.bias * slope).sum()
-        return relative_residual(product, self.size, norm)
+        return relative_residual(product, self.goal_square, norm)
 
 
 def step_of(network: Classifier, homogeneity: Homogeneity, gate: float | None) -> Step:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-SMALL = 2**16  # numbers of all parts; a sum of so few takes half the time if every process gathers and adds them
+SMALL = 2**16  # numbers from all processes together; a sum of so few takes half the time if every process gathers and adds them
 
 
 def ranks() -> int:
@@ -41,16 +41,19 @@ def processes(device: torch.device) -> Iterator[torch.device]:
 
 
 class _Total(torch.autograd.Function):
-    """Sum over processes; every process's loss is the whole loss, so a gradient comes back once from each."""
+    """Sum over processes. Every process's loss is the whole loss, so its slope is the sum of all processes' slopes.
+
+    Where these are `alike`, it is one of them times their number, and nothing is sent.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, alike: bool) -> Tensor:
         ctx.alike = alike
         if part.numel() * ranks() <= SMALL:
             return gather(part[None]).sum(0)
-        total = part.clone()
-        dist.all_reduce(total)
-        return total
+        whole = part.clone()
+        dist.all_reduce(whole)
+        return whole
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -62,10 +65,10 @@ def total(part: Tensor) -> Tensor:
     return part if ranks() == 1 else _Total.apply(part, False)
 
 
-def totals(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """`total` of every part, all in one message, of which every process makes the same and none anything of its own samples.
+def loss_totals(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Sum of every part over all processes, in one message, differentiable as `total` is.
 
-    Then the processes' gradients are the same, and nothing needs to be sent back. It holds for what the loss alone is made of.
+    Only for sums of which every process makes the same, without its own samples, as for a term of the loss: then all slopes are equal.
     """
     if ranks() == 1:
         return parts

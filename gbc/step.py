@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import add_up, mean, normalise, ranks, total, totals
+from gbc.distributed import loss_totals, mean, normalise, ranks, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, stationarity, target
 
@@ -108,7 +108,7 @@ class DoubleBackward(Step):
     def stationarity(self, own: Tensor, mu: Tensor) -> Tensor:
         """By `margin_gradient`."""
         gradient = margin_gradient(self.last, own, mu, list(self.network.parameters()), create_graph=True)
-        return stationarity(list(self.goal.values()), totals(gradient))
+        return stationarity(list(self.goal.values()), loss_totals(gradient))
 
 
 class _Chunked(torch.autograd.Function):
@@ -123,7 +123,6 @@ class _Chunked(torch.autograd.Function):
                 pieces = margin_gradient(network(part), labels, push, zeta)
             for whole, piece in zip(gradient, pieces, strict=True):
                 whole.add_(piece)
-        add_up(gradient)
         with torch.enable_grad():
             leaves = [part.requires_grad_() for part in gradient]
             residual = stationarity(goal, leaves)
@@ -158,6 +157,7 @@ def chunked_stationarity(
 ) -> Float[Tensor, ""]:
     """`kkt.stationarity` of a bank of any size in the memory of one `chunk` of samples, differentiable once in `x` and `mu`.
 
-    For any network whose samples do not meet, thus without batch normalisation in train mode, unless `chunk` is the whole bank.
+    For any network whose samples do not meet, thus without batch normalisation in train mode, unless `chunk` is the whole bank; in one
+    process. Training has banks of some hundred samples, which fit.
     """
     return _Chunked.apply(x, mu, own, network, list(goal), chunk)

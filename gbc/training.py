@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gbc.artifacts import load_network, save_json, save_network, save_table, save_tensors
 from gbc.classifier import Classifier
 from gbc.closed_form import step_of
-from gbc.distributed import average_gradients, mean, processes, rank, ranks, share, totals
+from gbc.distributed import average_gradients, loss_totals, mean, processes, rank, ranks, share
 from gbc.generator import Generator, Mixture, Multipliers, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
@@ -61,7 +61,7 @@ def loss_terms(
     floor: float,
     collapse: bool,
 ) -> dict[str, Tensor]:
-    """The terms of the loss for one classifier, unweighted; collapse if asked for.
+    """The terms of the loss for one classifier, unweighted; `collapse`, which needs messages of its own, if asked for.
 
     Duality is in units of the margin asked for, e^{−α}, and `delta` is its share; the unit carries no gradient, or α could shrink
     the loss by shrinking the unit's inverse. `floor` keeps the runner-up's multipliers, the only ones of the paper's
@@ -72,15 +72,17 @@ def loss_terms(
     runner_up = logits.scatter(1, own[:, None], -torch.inf).argmax(1, keepdim=True)
     mu = mu.scatter(1, runner_up, mu.gather(1, runner_up).clamp_min(floor))
     unit = torch.exp(-alpha).detach()
-    slack = duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta)
-    means = totals([slack.sum() / len(slack), total_variation(x)])
+    penalty = duality(smallest_margin(logits, own) / unit, alpha + unit.log(), delta)
+    penalty, variation = (part / ranks() for part in loss_totals([penalty.sum() / len(penalty), total_variation(x)]))
     terms = {
         "stationarity": step.stationarity(own, mu),
-        "duality": means[0] / ranks(),
-        "total_variation": means[1] / ranks(),
+        "duality": penalty,
+        "total_variation": variation,
         "statistics": step.statistics_mismatch(),
     }
-    return terms | ({"collapse": step.collapse(own)} if collapse else {})
+    if collapse:
+        terms["collapse"] = step.collapse(own)
+    return terms
 
 
 @torch.no_grad()
@@ -154,7 +156,7 @@ def train(
         for done in range(count):
             if done in shots:
                 film[done] = shot(g, params.seed)
-            loss = torch.zeros((), device=device)
+            loss, logged = torch.zeros((), device=device), done % every == 0 or done == count - 1
             codes = [draw_codes(task.anchors, task.batch, labels, rng) for labels in known]
             sizes = [len(y) for _, y in codes]
             anchor, y_all = (torch.cat(parts).to(device) for parts in zip(*codes, strict=True))
@@ -163,7 +165,6 @@ def train(
             samples = g(share(g.perturb(anchor, y_all, rng)), share(y_all), share(index))
             parts = [size // ranks() for size in sizes]
             for t, (step, x, y) in enumerate(zip(steps, samples.split(parts), share(y_all).split(parts), strict=True)):
-                logged = done % every == 0 or done == count - 1
                 terms = loss_terms(step, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor, logged or task.collapse > 0)
                 weights = {
                     "stationarity": task.stationarity,

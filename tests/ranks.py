@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from gbc import closed_form
+from gbc import closed_form, distributed
 from gbc.artifacts import save_tensors
 from gbc.classifier import Classifier
 from gbc.distributed import processes, rank
@@ -44,7 +44,7 @@ TASK = TrainParams(
 
 def classifier(architecture: str, seed: int) -> Classifier:
     """Random weights, and running statistics other than the initial ones."""
-    hidden = {"residual": (3,), "convolutional": (3,)}.get(architecture, (40, 30))
+    hidden = {"residual": (3,), "convolutional": (3,), "biased": (12, 10)}.get(architecture, (40, 30))
     network = Classifier(architecture, (8, 8), hidden, (0, 1, 2))
     rng = torch.Generator().manual_seed(seed)
     network.initialise(rng, 1.0, 1.0)
@@ -56,6 +56,7 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     closed_form.BLOCK = 192  # numbers: several blocks of neurons
+    distributed.SMALL = 300  # some sums are of more
     networks = {name: [classifier(name.split("-")[0], seed) for seed in (0, 1)] for name in sys.argv[2:]}
     with processes(torch.device("cpu")) as device:
         for name, pair in networks.items():
