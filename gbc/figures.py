@@ -228,31 +228,30 @@ def ssim_distribution(tables: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
-    """Log-loss and smallest margin of every classifier's descent; oracle residuals of true and held-out images against the log-loss."""
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    loss, margin, residual = figure.subplots(1, 3)
-    loss.set(xscale="log", yscale="symlog")
-    margin.set(xscale="log", yscale="symlog")
-    residual.set(xscale="symlog", yscale="log", ylim=(0.02, 1))
+    """Log-loss and smallest margin of every classifier's descent."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     curves = pd.concat([table.assign(classifier=name) for name, table in descents.items()])
-    colors = dict(zip(descents, sns.color_palette("husl", len(descents)), strict=True))
-    shared = {"hue": "classifier", "palette": colors, "linewidth": 1}
-    sns.lineplot(curves, x="step", y="log_loss", ax=loss, **shared)
-    sns.lineplot(curves, x="step", y="smallest_margin", ax=margin, legend=False, **shared)
-    long = curves.dropna(subset="oracle_residual").melt(
-        ["log_loss", "classifier"], ["oracle_residual", "heldout_residual"], var_name="images"
-    )
-    sns.lineplot(
-        long.dropna(), x="log_loss", y="value", style="images", sort=False, estimator=None, marker=".", ax=residual, legend=False, **shared
-    )
-    loss.set(ylabel="log-loss")
-    margin.set(ylabel="smallest margin")
-    residual.set(ylabel="oracle residual (on Z₁)", xlabel="log-loss", title="true solid, held-out dashed")
-    residual.invert_xaxis()
-    figure.legend(*loss.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    loss.get_legend().remove()
-    for axes in figure.axes:
+    colors = dict(zip(descents, sns.color_palette("tab20", len(descents)), strict=True))
+    for axes, column in zip(figure.subplots(1, 2), ("log_loss", "smallest_margin"), strict=True):
+        axes.set(xscale="log", yscale="symlog")
+        sns.lineplot(curves, x="step", y=column, hue="classifier", palette=colors, ax=axes)
+        axes.set(ylabel=column.replace("_", " "))
         axes.xaxis.set_minor_formatter(NullFormatter())
+        handles = axes.get_legend_handles_labels()
+        axes.get_legend().remove()
+    figure.legend(*handles, loc="outside right upper", fontsize=9)
+    return figure
+
+
+def oracle_residuals(descents: Mapping[str, pd.DataFrame]) -> Figure:
+    """Oracle residuals of true and held-out images over every classifier's descent; a panel for each."""
+    figure, panels = _panels(len(descents), 3.2, 4)
+    for axes, (name, table) in zip(panels, descents.items(), strict=True):
+        measured = table.dropna(subset="oracle_residual")
+        for column, images, style in (("oracle_residual", "true", "-"), ("heldout_residual", "held-out", "--")):
+            axes.plot(measured["step"], measured[column], style, marker=".", label=images)
+        axes.set(xlabel="step", ylabel="oracle residual", ylim=(0, None), title=name)
+    panels[0].legend()
     return figure
 
 
@@ -322,6 +321,7 @@ def draw(
             figures[f"agreed_{name}"] = fig_images(pictures[name]["agreed"], pictures[name]["agreed_nearest"], classes[name], title)
     figures = dict(sorted(figures.items()))
     figures["pretraining_curves"] = pretraining_curves(descents)
+    figures["oracle_residuals"] = oracle_residuals(descents)
     figures["loss_curves"] = loss_curves(histories, {name: values["oracle_residual"] for name, values in metrics.items()})
     if images:
         figures["film"] = film_strips({name: pictures[name] for name in images})

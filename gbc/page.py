@@ -40,10 +40,10 @@ CAPTIONS = {
     "that saw only that classifier. Look for samples at the circled points, and for points that none reaches.",
     "fig5_toy_pair": "Two classifiers, one generator (Eq. 12). Each row: one half of the toy data, its classifier, its own generator; "
     "on the right, the generator born from both: (d) free, (e) and (i) with its classifier index fixed, where only that half should appear.",
-    "pretraining_curves": "Full-batch descent of the classifiers: log-loss and smallest margin against steps, and the oracle residual on Z₁ against the "
-    "log-loss, of the true training images (solid) and of held-out ones (dashed). With weight decay (mnist_plain; up to 300 steps of descent before it are not shown) the log-loss "
-    "swings, then stays while the residual falls. Where the two lines part, Z₁ alone tells training images from others; with batch normalisation it hardly does, and Z₂ tells (the table "
-    "of Λ and oracle). mnist_biased, at 3e-7, is below the panel: Z₁ is its last bias alone.",
+    "pretraining_curves": "Full-batch descent of the classifiers. With weight decay (mnist_plain; up to 300 steps of descent before it are not shown) the log-loss swings, then stays while "
+    "the residual below falls.",
+    "oracle_residuals": "The oracle residual on Z₁ over the descent, of the true training images and of held-out ones. Where the two lines part, Z₁ alone tells training images from others; with "
+    "batch normalisation it hardly does, and Z₂ tells (the table of Λ and oracle). mnist_biased is near 0: Z₁ is its last bias alone.",
     "loss_curves": "Training: stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
     "images reach with the best multipliers and a sharper gate, so that a generator can end a little below it; a line for every member. Duality is in units of the margin asked for.",
     "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares; of several members the first.",

@@ -72,7 +72,16 @@ def test_every_figure_of_the_report_is_drawn(tmp_path):
         },
     )
     paper = ["fig2_duality", "fig3_lambda", "fig4_toy", "fig5_toy_pair", "fig6_mnist", "fig7_celeba_Male"]
-    assert list(figures) == [*paper, "pretraining_curves", "loss_curves", "film", "ssim_distribution", "search_importance", "scaling"]
+    assert list(figures) == [
+        *paper,
+        "pretraining_curves",
+        "oracle_residuals",
+        "loss_curves",
+        "film",
+        "ssim_distribution",
+        "search_importance",
+        "scaling",
+    ]
     for name, figure in figures.items():
         assert save_figure(tmp_path / name, figure) == (tmp_path / name).read_bytes()
     assert "largest relative difference below 1e-12" in figures["fig3_lambda"].axes[0].get_title()
