@@ -237,9 +237,8 @@ def pretraining_curves(descents: Mapping[str, pd.DataFrame]) -> Figure:
         sns.lineplot(curves, x="step", y=column, hue="classifier", palette=colors, ax=axes)
         axes.set(ylabel=column.replace("_", " "))
         axes.xaxis.set_minor_formatter(NullFormatter())
-        handles = axes.get_legend_handles_labels()
         axes.get_legend().remove()
-    figure.legend(*handles, loc="outside right upper", fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
 
 
