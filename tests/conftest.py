@@ -4,9 +4,21 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from tests import tiny
+
+# Property tests take the same examples in every run, so that a failure is the change's and not the draw's.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same weights in every run, for tests that leave a network as torch initialises it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

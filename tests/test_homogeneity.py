@@ -42,9 +42,9 @@ def test_the_papers_network_has_lambda_one_on_its_last_bias():
 
 @pytest.mark.parametrize("depth", range(1, 7))
 def test_a_network_without_bias_has_one_over_its_depth(depth):
-    layers: list[nn.Module] = [nn.Linear(4, 6, bias=False)]
+    layers: list[nn.Module] = [nn.Linear(4, 16, bias=False)]
     for _ in range(depth - 1):
-        layers += [nn.ReLU(), nn.Linear(6, 6, bias=False)]
+        layers += [nn.ReLU(), nn.Linear(16, 16, bias=False)]
     found = estimate(nn.Sequential(*layers), (4,), INPUTS, rng())
     assert list(found.lam.values()) == pytest.approx([1 / depth] * depth, abs=1e-12)
     assert found.dimension == depth - 1
