@@ -193,6 +193,37 @@ class Mixture(Network):
         return torch.stack(x, 1).flatten(0, 1), torch.stack(y, 1).flatten()
 
 
+class Pixels(Generator):
+    """No network: one free image for every anchor of every label, the sigmoid of its parameters (Haim et al. 2022, Buzaglo et al. 2023)."""
+
+    def initialise(self, rng: torch.Generator) -> "Pixels":
+        """Images of grey noise."""
+        count = len(self.labels) * self.anchors
+        return self._set(torch.randn(len(self.known) * count, *self.output_shape, generator=rng))
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, g: Generator) -> "Pixels":
+        """The samples of `g` at its anchors, without noise."""
+        t, label, anchor = torch.cartesian_prod(*(torch.arange(size) for size in (len(g.known), len(g.labels), g.anchors))).to(g.labels).T
+        x = g.eval()(g.centres[label, anchor], g.labels[label], t)
+        return cls(**{key: getattr(g, key) for key in g.architecture_keys})._set(x.clamp(0.005, 0.995).logit()).to(x.device)
+
+    def _set(self, raw: Tensor) -> "Pixels":
+        self.layers, self.raw = nn.Sequential(), nn.Parameter(raw)
+        count = len(self.labels) * self.anchors
+        self.centres = torch.arange(count, dtype=raw.dtype).reshape(len(self.labels), self.anchors, 1)  # the number of every image
+        return self
+
+    def forward(self, epsilon: Float[Tensor, "batch 1"], y: Int[Tensor, " batch"], t: Int[Tensor, " batch"]) -> Tensor:
+        """The images of these numbers."""
+        return self.raw.sigmoid()[t * self.centres.numel() + epsilon[:, 0].long()]
+
+    def perturb(self, anchor: Int[Tensor, " batch"], y: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch 1"]:
+        """The number of every image: there is no noise."""
+        return self.centres[torch.searchsorted(self.labels, y), anchor]
+
+
 class Multipliers(nn.Module):
     """h: samples x, labels y and classifier indices t → μ ≥ 0 [batch, labels], one multiplier per class.
 

@@ -26,9 +26,9 @@ class InputError(Exception):
     """Bad input, told in one line: what is wrong, where, and what to do."""
 
 
-def ranged(low: float, high: float = float("inf")) -> Any:
-    """A required number, or list of numbers, in [low, high]."""
-    return field(metadata={"low": low, "high": high})
+def ranged(low: float, high: float = float("inf"), default: Any = dataclasses.MISSING) -> Any:
+    """A number, or list of numbers, in [low, high]; required, unless there is a `default`."""
+    return field(default=default, metadata={"low": low, "high": high})
 
 
 def one_of(*choices: str) -> Any:
@@ -109,7 +109,8 @@ class TrainParams:
     multiplier: str = one_of("relu", "softplus", "equal")
     multiplier_floor: float = ranged(0.0, 1.0)
     matmul_precision: str = one_of("highest", "high", "medium")
-    members: int = field(default=1, metadata={"low": 1.0, "high": 100.0})
+    members: int = ranged(1.0, 100.0, default=1)
+    polish: float = ranged(0.0, default=0.0)
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ class Params:
         """Every generator, born from one classifier or several."""
         return self.train_single | self.train_multi
 
-    def training_steps(self, task: TrainParams) -> int:
-        """Steps that a generator is trained for, at least one."""
-        return max(1, round(self.steps * task.length))
+    def training_steps(self, length: float) -> int:
+        """Steps of a training of this `length`, at least one."""
+        return max(1, round(self.steps * length))
 
 
 def _fill(kind: Any, value: Any, name: str, allowed: Mapping[str, Any]) -> Any:

@@ -163,7 +163,7 @@ def objective(trial: Trial, params: Params, name: str, seed: int, commit: str, f
     trial.set_user_attr("host", socket.gethostname())
     settings = [part for key, value in values.items() for part in ("-S", f"{key}={value}")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    log, half = folder / ".dvc/tmp/search.log", params.training_steps(params.train[name]) // 2
+    log, half = folder / ".dvc/tmp/search.log", params.training_steps(params.train[name].length) // 2
     try:
         with log.open("wb") as output:
             training = subprocess.Popen(

@@ -12,18 +12,17 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import yaml
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from gbc.artifacts import load_json, load_table, save_json, save_table
 from gbc.classifier import Classifier
 from gbc.datasets import sample
 from gbc.evaluation import evaluate
-from gbc.generator import Generator, Mixture
+from gbc.generator import Generator, Mixture, Pixels
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.params import InputError, Params, TrainParams, device, entry
 from gbc.pretraining import pretrain
-from gbc.training import Trained, train
+from gbc.training import PIXEL_RATE, Trained, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all terms": {},
@@ -37,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "duality and total variation alone": {"stationarity": 0.0, "statistics": 0.0, "collapse": 0.0},
 }
 PIXELS = "pixels instead of g"
-PIXEL_RATE, PROBE = 0.05, 20  # learning rate of pixels, and of h beside them; steps that tell how long one takes
+PROBE = 20  # steps that tell how long one takes
 SIZES = [(10, 1.0), (20, 1.0), (50, 1.0), (100, 1.0), (20, 0.25), (20, 0.5), (20, 2.0)]  # images per class, relative width
 SEEDS = 3
 APART = ("seed", "device")  # parameters that may differ between runs whose scores are averaged
@@ -51,29 +50,6 @@ SCORES = [
     "accuracy_on_generated",
     "student_accuracy",
 ]
-
-
-class Pixels(Generator):
-    """No network: one free image for every anchor of every label, the sigmoid of its parameters (Haim et al. 2022, Buzaglo et al. 2023)."""
-
-    def initialise(self, rng: torch.Generator) -> "Pixels":
-        """Images of grey noise."""
-        self.layers = nn.Sequential()
-        self.raw = nn.Parameter(torch.randn(len(self.labels) * self.anchors, *self.output_shape, generator=rng))
-        return self
-
-    def forward(self, epsilon: Float[Tensor, "batch 1"], y: Int[Tensor, " batch"], t: Int[Tensor, " batch"]) -> Tensor:
-        """The images of these numbers."""
-        return self.raw.sigmoid()[epsilon[:, 0].long()]
-
-    def perturb(self, anchor: Int[Tensor, " batch"], y: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch 1"]:
-        """The number of every image: there is no noise."""
-        return (torch.searchsorted(self.labels, y) * self.anchors + anchor)[:, None].to(self.raw)
-
-    @torch.no_grad()
-    def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
-        """All images and their labels."""
-        return self.raw.sigmoid(), self.labels.repeat_interleave(self.anchors)
 
 
 class Subject(NamedTuple):
@@ -165,7 +141,9 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
 
     The parameters stand beside the table, in <path>.json. Raises `InputError` if the task makes points, or the table has other parameters.
     """
-    task = dataclasses.replace(entry(params.train_single, name), members=1)  # one generator is born for every row
+    task = dataclasses.replace(
+        entry(params.train_single, name), members=1, polish=0.0
+    )  # one generator for every row, as its loss leaves it
     source = task.classifiers[0]
     if params.sample[source].source == "circle":
         raise InputError(f"{name} makes points; a study scores images")

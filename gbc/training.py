@@ -3,9 +3,9 @@
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from gbc.artifacts import load_network, save_json, save_network, save_table, sav
 from gbc.classifier import Classifier
 from gbc.closed_form import step_of
 from gbc.distributed import average_gradients, loss_totals, mean, processes, rank, ranks, share
-from gbc.generator import Generator, Mixture, Multipliers, to_uint8
+from gbc.generator import Generator, Mixture, Multipliers, Pixels, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
 from gbc.muon import Muon
@@ -27,6 +27,8 @@ from gbc.step import Step
 HISTORY_ROWS = 200  # of the loss curve, about
 SHOTS, SHOWN = 8, 20  # of the film: its pictures after the first, ever further apart, and the samples in each
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
+PIXEL_RATE = 0.05  # of Adam for free images, before the sigmoid
+FIT_STEPS = 300  # of g to images that were polished; more and it takes their noise too
 
 
 def total_variation(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, ""]:
@@ -110,6 +112,105 @@ def shot(g: Generator, seed: int) -> Tensor:
     return samples
 
 
+class Optimisers:
+    """Adam, and Muon for the matrices of fully connected layers if their rate is above 0; all rates fall along one cosine."""
+
+    def __init__(self, networks: Sequence[tuple[nn.Module, float]], matrix_rate: float, count: int, alpha: Sequence[dict[str, Any]] = ()):
+        linears = [module for network, _ in networks for module in network.modules() if isinstance(module, nn.Linear)]
+        matrices = [module.weight for module in linears if matrix_rate]
+        others = [[p for p in network.parameters() if all(p is not matrix for matrix in matrices)] for network, _ in networks]
+        groups = [{"params": part, "lr": rate} for part, (_, rate) in zip(others, networks, strict=True) if part] + [*alpha]
+        self.trained = [*matrices, *(p for group in groups for p in group["params"])]
+        self.optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)]
+        if matrices:
+            self.optimisers.append(Muon(matrices, lr=matrix_rate))
+        self.decays = [torch.optim.lr_scheduler.LambdaLR(one, lambda done: cosine(done, count)) for one in self.optimisers]
+
+    def step(self, loss: Tensor) -> None:
+        """One step down `loss`, the whole of which every process has."""
+        for parameter in self.trained:
+            parameter.grad = None
+        loss.backward(inputs=self.trained)
+        average_gradients(self.trained)
+        for optimiser, decay in zip(self.optimisers, self.decays, strict=True):
+            optimiser.step()
+            decay.step()
+
+
+class Descent:
+    """Descent of h, every α and whatever makes the samples on Σ_t stationarity + β·duality (Eqs. 7, 12) plus the task's weighted terms."""
+
+    def __init__(self, params: Params, task: TrainParams, steps: Sequence[Step], h: Multipliers, alpha: Tensor, rng: torch.Generator):
+        self.params, self.task, self.steps, self.h, self.alpha, self.rng = params, task, steps, h, alpha, rng
+        self.rows: list[dict[str, float]] = []  # of the loss curve
+        self.done = 0  # steps
+
+    def codes(self) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+        """Anchors, labels and classifier indices of one batch, in which every classifier has its part."""
+        parts = [draw_codes(self.task.anchors, self.task.batch, step.network.labels, self.rng) for step in self.steps]
+        index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(y) for _, y in parts]))
+        anchor, y = (torch.cat(part) for part in zip(*parts, strict=True))
+        return anchor.to(self.alpha.device), y.to(self.alpha.device), index.to(self.alpha.device)
+
+    def samples(self, g: Generator, anchor: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """This process's samples for the codes of one batch."""
+        return g(share(g.perturb(anchor, y, self.rng)), share(y), share(index))
+
+    def loss(self, g: Generator, fade: float, logged: bool) -> Tensor:
+        """Of a batch of `g`, whose total variation weighs `fade` of its weight; a row of the curve if `logged`."""
+        task, loss = self.task, torch.zeros((), device=self.alpha.device)
+        weights = {
+            "stationarity": task.stationarity,
+            "duality": self.params.beta * task.duality,
+            "total_variation": fade * task.total_variation,
+            "statistics": task.statistics,
+            "collapse": task.collapse,
+        }
+        # One batch for all classifiers: alone, each has a constant index, which g's batch normalisation would subtract.
+        anchor, y_all, index = self.codes()
+        parts = (torch.bincount(index) // ranks()).tolist()
+        samples = self.samples(g, anchor, y_all, index).split(parts)
+        for t, (step, x, y) in enumerate(zip(self.steps, samples, share(y_all).split(parts), strict=True)):
+            delta, collapse = self.params.generator.delta, logged or task.collapse > 0
+            terms = loss_terms(step, x, y, self.h(x, y, t), self.alpha[t], delta, task.multiplier_floor, collapse)
+            loss = loss + sum(weight * terms[name] for name, weight in weights.items() if weight)
+            loss = loss + self.params.beta * task.margin_reward * self.alpha[t]
+            if logged:
+                values = {"step": self.done, "classifier": t, "alpha": self.alpha[t].item()}
+                self.rows.append(values | {k: v.item() for k, v in terms.items()})
+        return loss
+
+    def run(self, g: Generator, count: int, rate: float, before: Callable[[], None] = lambda: None) -> None:
+        """`count` steps, of `rate` for what of g Muon does not train; `before` is called before each."""
+        shared, every = self.params.generator, max(1, count // HISTORY_ROWS)
+        alpha = [{"params": [self.alpha], "lr": shared.alpha_learning_rate}]
+        optimisers = Optimisers([(g, rate), (self.h, shared.learning_rate)], self.task.matrix_learning_rate, count, alpha)
+        with progress(count, type(g).__name__.lower()) as bar:
+            for done in range(count):
+                before()
+                logged = done % every == 0 or done == count - 1
+                optimisers.step(self.loss(g, cosine(done, count), logged))
+                if logged:
+                    bar.set_postfix({k: f"{self.rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")}, refresh=False)
+                self.done += 1
+                bar.update()
+
+    def polish(self, g: Generator, count: int) -> None:
+        """Free the samples of `g` at its anchors, descend on their pixels for `count` steps, and fit g to where they went.
+
+        The images that g makes are bound to one another by its weights; free ones come nearer to the equations. And g, fitted for a short
+        while, takes from them the noise that they bring, as an untrained network does (Ulyanov et al. 2018).
+        """
+        images = Pixels.of(g)
+        self.run(images, count, PIXEL_RATE)
+        g.train()
+        optimisers = Optimisers([(g, self.params.generator.learning_rate)], self.task.matrix_learning_rate, FIT_STEPS)
+        for _ in range(FIT_STEPS):
+            codes = self.codes()
+            optimisers.step((self.samples(g, *codes) - self.samples(images, *codes).detach()).square().mean())
+        self.loss(g, 0.0, logged=True)
+
+
 def train(
     params: Params,
     task: TrainParams,
@@ -121,8 +222,8 @@ def train(
 ) -> Trained:
     """Train g, h and one α per classifier so that the generated distribution satisfies the classifiers' KKT conditions.
 
-    Minimises Σ_t stationarity + β·duality (Eqs. 7 and 12) plus the task's weighted terms. `kind` is g's class; `live` is shown how it
-    goes. Raises `InputError` if the classifiers take inputs of different shapes, or `batch` is below their number of labels.
+    `kind` is g's class; `live` is shown how it goes. Raises `InputError` if the classifiers take inputs of different shapes, `batch` is
+    below their number of labels, or points are to be polished.
     """
     shape = classifiers[0].input_shape
     if any(classifier.input_shape != shape for classifier in classifiers):
@@ -131,64 +232,30 @@ def train(
         raise InputError(f"batch={task.batch} has no sample for each of {classes} labels; set at least {classes}, or several times as many")
     if any(task.batch // len(classifier.labels) * len(classifier.labels) % ranks() for classifier in classifiers):
         raise InputError(f"batch={task.batch} cannot be shared evenly between {ranks()} processes")
+    if task.polish and len(shape) == 1:
+        raise InputError(f"polish={task.polish} is for images, and classifiers {', '.join(task.classifiers)} take points; set it to 0")
     rng = torch.Generator().manual_seed(params.seed)
-    shared, count = params.generator, params.training_steps(task)
+    shared, count = params.generator, params.training_steps(task.length)
     known = tuple(classifier.labels for classifier in classifiers)
-    g = kind(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng)
-    h = Multipliers(known, shape, shared.width, task.multiplier).initialise(rng)
-    g, h = g.to(device), h.to(device)
+    g = kind(known, shape, shared.noise, task.anchors, shared.spread, shared.width, shared.channels).initialise(rng).to(device)
+    h = Multipliers(known, shape, shared.width, task.multiplier).initialise(rng).to(device)
     steps = [step_of(c.to(device), homogeneity, task.gate or None) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, step, task, t, rng) for t, step in enumerate(steps)]).requires_grad_()
-    linears = [module for module in [*g.modules(), *h.modules()] if isinstance(module, nn.Linear)]
-    matrices = [module.weight for module in linears if task.matrix_learning_rate]
-    others = [p for p in [*g.parameters(), *h.parameters()] if all(p is not matrix for matrix in matrices)]
-    trained = [*matrices, *others, alpha]
-    groups = [{"params": others, "lr": shared.learning_rate}, {"params": [alpha], "lr": shared.alpha_learning_rate}]
-    optimisers: list[torch.optim.Optimizer] = [torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)]
-    if matrices:
-        optimisers.append(Muon(matrices, lr=task.matrix_learning_rate))
-    decays = [torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: cosine(done, count)) for optimiser in optimisers]
-    rows: list[dict[str, float]] = []
+    descent = Descent(params, task, steps, h, alpha, rng)
     shots, film = {count * k * k // SHOTS**2 for k in range(SHOTS)}, {}
+
+    def look() -> None:
+        if descent.done in shots:
+            film[descent.done] = shot(g, params.seed)
+        if live and descent.rows and live.due():
+            live.draw(descent.rows, shot(g, params.seed))
+
     began = time.perf_counter()
-    every = max(1, count // HISTORY_ROWS)
-    with progress(count, "generator") as bar:
-        for done in range(count):
-            if done in shots:
-                film[done] = shot(g, params.seed)
-            loss, logged = torch.zeros((), device=device), done % every == 0 or done == count - 1
-            codes = [draw_codes(task.anchors, task.batch, labels, rng) for labels in known]
-            sizes = [len(y) for _, y in codes]
-            anchor, y_all = (torch.cat(parts).to(device) for parts in zip(*codes, strict=True))
-            index = torch.arange(len(known)).repeat_interleave(torch.tensor(sizes)).to(device)
-            # One batch for all classifiers: alone, each has a constant index, which g's batch normalisation would subtract.
-            samples = g(share(g.perturb(anchor, y_all, rng)), share(y_all), share(index))
-            parts = [size // ranks() for size in sizes]
-            for t, (step, x, y) in enumerate(zip(steps, samples.split(parts), share(y_all).split(parts), strict=True)):
-                terms = loss_terms(step, x, y, h(x, y, t), alpha[t], shared.delta, task.multiplier_floor, logged or task.collapse > 0)
-                weights = {
-                    "stationarity": task.stationarity,
-                    "duality": params.beta * task.duality,
-                    "total_variation": cosine(done, count) * task.total_variation,
-                    "statistics": task.statistics,
-                    "collapse": task.collapse,
-                }
-                loss = loss + sum(weight * terms[name] for name, weight in weights.items() if weight)
-                loss = loss + params.beta * task.margin_reward * alpha[t]
-                if logged:
-                    rows.append({"step": done, "classifier": t, "alpha": alpha[t].item()} | {k: v.item() for k, v in terms.items()})
-                    bar.set_postfix({k: f"{rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")}, refresh=False)
-            for parameter in trained:
-                parameter.grad = None
-            loss.backward(inputs=trained)
-            average_gradients(trained)
-            for optimiser, decay in zip(optimisers, decays, strict=True):
-                optimiser.step()
-                decay.step()
-            bar.update()
-            if live and live.due():
-                live.draw(rows, shot(g, params.seed))
-    return Trained(g, pd.DataFrame(rows), film | {count: shot(g, params.seed)}, time.perf_counter() - began)
+    descent.run(g, count, shared.learning_rate, look)
+    if task.polish:
+        descent.polish(g, params.training_steps(task.polish))
+    seconds = time.perf_counter() - began
+    return Trained(g, pd.DataFrame(descent.rows), film | {descent.done: shot(g, params.seed)}, seconds)
 
 
 def train_and_save(params: Params, task: TrainParams, name: str) -> None:

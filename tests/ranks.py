@@ -62,7 +62,8 @@ if __name__ == "__main__":
         for name, pair in networks.items():
             homogeneities = [Homogeneity({group: 0.5 for group, _ in network.named_parameters()}, {}, 0, 0.0) for network in pair]
             params = dataclasses.replace(load_params([]), steps=int(name.split("-")[1]), generator=SHARED)
-            generator, history, _, _ = train(params, TASK, pair, homogeneities, device)
+            task = dataclasses.replace(TASK, polish=float(name.endswith("polished")))
+            generator, history, _, _ = train(params, task, pair, homogeneities, device)
             if rank() == 0:
                 state = generator.state_dict() | {"curve": torch.tensor(history.to_numpy())}
                 save_tensors(Path(sys.argv[1]) / f"{name}.safetensors", state)

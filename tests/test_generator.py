@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gbc.artifacts import load_network, save_json, save_network
-from gbc.generator import Generator, Mixture, Multipliers
+from gbc.generator import Generator, Mixture, Multipliers, Pixels
 from gbc.params import InputError
 
 
@@ -134,3 +134,24 @@ def test_a_label_of_a_mixture_can_be_drawn_alone():
     assert y.tolist() == [5] * 9
     with pytest.raises(InputError, match="label 5 is unknown to this generator; it knows 0, 1"):
         generator((2,)).sample(9, rng(), t=0, label=5)
+
+
+def test_pixels_are_free_images_of_every_anchor():
+    pixels = Pixels(((0, 1),), (5, 5), 4, 3, 0.1, 8, 8).initialise(torch.Generator().manual_seed(0))
+    images, y = pixels.bank()
+    assert images.shape == (6, 5, 5)
+    assert y.tolist() == [0, 0, 0, 1, 1, 1]
+    drawn, labels = pixels.sample(8, torch.Generator().manual_seed(1))
+    for image, label in zip(drawn, labels.tolist(), strict=True):
+        assert any(torch.equal(image, images[3 * label + anchor]) for anchor in range(3))
+
+
+def test_pixels_of_a_generator_are_its_samples_at_the_anchors_for_every_classifier():
+    g = Generator(((0, 1), (1, 2)), (9, 7), 5, 3, 0.1, 8, 8).initialise(rng())
+    pixels = Pixels.of(g)
+    for t, labels in enumerate(g.known):
+        y, anchor = torch.cartesian_prod(torch.tensor(labels), torch.arange(3)).T.contiguous()
+        index = torch.full_like(y, t)
+        expected = g.eval()(g.centres[torch.searchsorted(g.labels, y), anchor], y, index)
+        torch.testing.assert_close(pixels(pixels.perturb(anchor, y, rng()), y, index), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pixels.bank()[0], g.bank()[0], atol=1e-5, rtol=0)

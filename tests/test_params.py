@@ -18,6 +18,7 @@ def test_overrides_reach_their_place_and_the_rest_stays():
     assert params.train_single["mnist"].batch == 20
     assert params.generator.learning_rate == 0.001
     assert params.train_single["faces"].members == 1
+    assert params.train_single["toy"].polish == 0
     assert load_params(["+train_single.faces.members=2"]).train_single["faces"].members == 2
     assert params.train_multi["mnist_pair"].classifiers == ["mnist_low", "mnist_high"]
 

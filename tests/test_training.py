@@ -12,7 +12,7 @@ import torch
 from gbc.classifier import Classifier
 from gbc.closed_form import step_of
 from gbc.datasets import sample
-from gbc.generator import Generator
+from gbc.generator import Generator, Pixels
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
 from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
@@ -178,3 +178,34 @@ def test_a_batch_with_fewer_samples_than_labels_is_refused():
     network, homogeneity, _ = toy("all", "homogeneous")
     with pytest.raises(InputError, match="batch=2 has no sample for each of 3 labels"):
         run([network], [homogeneity], dataclasses.replace(task("toy"), batch=2))
+
+
+def test_polished_images_meet_the_equations_better_and_the_generator_makes_them():
+    settings = PretrainParams("batchnorm", [64, 64], 0.2, 0.1, 0.01, 0.95, 0.0, 0.0, 300, 0, -1000.0, 0.0, "float32")
+    network, _, _ = pretrain(settings, sample(SampleParams("faces", [0, 1], 6), 0), 0, torch.device("cpu"))
+    homogeneity = estimate(network, network.input_shape, LambdaParams(8, 16), torch.Generator().manual_seed(0))
+    changes = {"polish": 1.0, "total_variation": 1.0, "matrix_learning_rate": 0.02}
+    free = []
+
+    def look(module: torch.nn.Module, _: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, Pixels):
+            free.append(module)
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        generator, history, film, _ = run([network], [homogeneity], task("faces", **changes), steps=100)
+    finally:
+        handle.remove()
+    assert history["step"].tolist() == [*range(201)]  # every one, the images' from 100 on, and the fitted generator's at the end
+    before, images = history["stationarity"][[99, 199]]
+    assert images < 0.5 * before
+    polished = free[-1].bank()[0]
+    assert (generator.bank()[0] - polished).square().mean() < 0.3 * (polished - polished.mean(0)).square().mean()
+    assert [*film][-1] == 200
+    torch.testing.assert_close(film[200], generator.sample(20, torch.Generator().manual_seed(0))[0])
+
+
+def test_points_are_not_polished():
+    network, homogeneity, _ = toy("all")
+    with pytest.raises(InputError, match=r"polish=1.0 is for images, and classifiers toy take points"):
+        run([network], [homogeneity], task("toy", polish=1.0), steps=1)
