@@ -45,7 +45,8 @@ CAPTIONS = {
     "oracle_residuals": "The oracle residual on Z₁ over the descent, of the true training images and of held-out ones. Where the two lines part, Z₁ alone tells training images from others; with "
     "batch normalisation it hardly does, and Z₂ tells (the table of Λ and oracle). mnist_biased is near 0: Z₁ is its last bias alone.",
     "loss_curves": "Training: stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
-    "images reach with the best multipliers and a sharper gate, so that a generator can end a little below it; a line for every member. Duality is in units of the margin asked for.",
+    "images reach with the best multipliers and a sharper gate, so that a generator can end a little below it; a line for every member. Duality is in units of the margin asked for. Where images were polished they are free after "
+    "the kink, g's before it, and the last point is g's again, fitted to them.",
     "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares; of several members the first.",
     "search_importance": "Random search: each parameter's share in the spread of the KKT violation that trainings ended with (fANOVA). Made by "
     "python -m stages.search, not by the pipeline.",

@@ -180,29 +180,30 @@ class Descent:
                 self.rows.append(values | {k: v.item() for k, v in terms.items()})
         return loss
 
-    def run(self, g: Generator, count: int, rate: float, before: Callable[[], None] = lambda: None) -> None:
-        """`count` steps, of `rate` for what of g Muon does not train; `before` is called before each."""
+    def run(self, g: Generator, count: int, rate: float, look: Callable[[Generator], None]) -> None:
+        """`count` steps, of `rate` for what of g Muon does not train; `look` is shown g before each and after the last."""
         shared, every = self.params.generator, max(1, count // HISTORY_ROWS)
         alpha = [{"params": [self.alpha], "lr": shared.alpha_learning_rate}]
         optimisers = Optimisers([(g, rate), (self.h, shared.learning_rate)], self.task.matrix_learning_rate, count, alpha)
         with progress(count, type(g).__name__.lower()) as bar:
             for done in range(count):
-                before()
+                look(g)
                 logged = done % every == 0 or done == count - 1
                 optimisers.step(self.loss(g, cosine(done, count), logged))
                 if logged:
                     bar.set_postfix({k: f"{self.rows[-1][k]:.3g}" for k in ("stationarity", "duality", "alpha")}, refresh=False)
                 self.done += 1
                 bar.update()
+        look(g)
 
-    def polish(self, g: Generator, count: int) -> None:
+    def polish(self, g: Generator, count: int, look: Callable[[Generator], None]) -> None:
         """Free the samples of `g` at its anchors, descend on their pixels for `count` steps, and fit g to where they went.
 
         The images that g makes are bound to one another by its weights; free ones come nearer to the equations. And g, fitted for a short
         while, takes from them the noise that they bring, as an untrained network does (Ulyanov et al. 2018).
         """
         images = Pixels.of(g)
-        self.run(images, count, PIXEL_RATE)
+        self.run(images, count, PIXEL_RATE, look)
         g.train()
         optimisers = Optimisers([(g, self.params.generator.learning_rate)], self.task.matrix_learning_rate, FIT_STEPS)
         for _ in range(FIT_STEPS):
@@ -244,16 +245,16 @@ def train(
     descent = Descent(params, task, steps, h, alpha, rng)
     shots, film = {count * k * k // SHOTS**2 for k in range(SHOTS)}, {}
 
-    def look() -> None:
+    def look(now: Generator) -> None:
         if descent.done in shots:
-            film[descent.done] = shot(g, params.seed)
+            film[descent.done] = shot(now, params.seed)
         if live and descent.rows and live.due():
-            live.draw(descent.rows, shot(g, params.seed))
+            live.draw(descent.rows, shot(now, params.seed))
 
     began = time.perf_counter()
     descent.run(g, count, shared.learning_rate, look)
     if task.polish:
-        descent.polish(g, params.training_steps(task.polish))
+        descent.polish(g, params.training_steps(task.polish), look)
     seconds = time.perf_counter() - began
     return Trained(g, pd.DataFrame(descent.rows), film | {descent.done: shot(g, params.seed)}, seconds)
 
