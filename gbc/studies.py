@@ -141,9 +141,8 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
 
     The parameters stand beside the table, in <path>.json. Raises `InputError` if the task makes points, or the table has other parameters.
     """
-    task = dataclasses.replace(
-        entry(params.train_single, name), members=1, polish=0.0
-    )  # one generator for every row, as its loss leaves it
+    # For every row one generator, as its loss leaves it.
+    task = dataclasses.replace(entry(params.train_single, name), members=1, polish=0.0)
     source = task.classifiers[0]
     if params.sample[source].source == "circle":
         raise InputError(f"{name} makes points; a study scores images")

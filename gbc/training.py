@@ -142,19 +142,21 @@ class Descent:
 
     def __init__(self, params: Params, task: TrainParams, steps: Sequence[Step], h: Multipliers, alpha: Tensor, rng: torch.Generator):
         self.params, self.task, self.steps, self.h, self.alpha, self.rng = params, task, steps, h, alpha, rng
+        labels = [step.network.labels for step in steps]
+        self.sizes = [task.batch // len(known) * len(known) for known in labels]  # samples for every classifier
+        self.index = torch.arange(len(labels)).repeat_interleave(torch.tensor(self.sizes)).to(alpha.device)  # and the classifier of each
         self.rows: list[dict[str, float]] = []  # of the loss curve
         self.done = 0  # steps
 
-    def codes(self) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"], Int[Tensor, " batch"]]:
-        """Anchors, labels and classifier indices of one batch, in which every classifier has its part."""
+    def codes(self) -> tuple[Int[Tensor, " batch"], Int[Tensor, " batch"]]:
+        """Anchors and labels of one batch, in which every classifier has its part."""
         parts = [draw_codes(self.task.anchors, self.task.batch, step.network.labels, self.rng) for step in self.steps]
-        index = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(y) for _, y in parts]))
-        anchor, y = (torch.cat(part) for part in zip(*parts, strict=True))
-        return anchor.to(self.alpha.device), y.to(self.alpha.device), index.to(self.alpha.device)
+        anchor, y = (torch.cat(part).to(self.alpha.device) for part in zip(*parts, strict=True))
+        return anchor, y
 
-    def samples(self, g: Generator, anchor: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    def samples(self, g: Generator, anchor: Tensor, y: Tensor) -> Tensor:
         """This process's samples for the codes of one batch."""
-        return g(share(g.perturb(anchor, y, self.rng)), share(y), share(index))
+        return g(share(g.perturb(anchor, y, self.rng)), share(y), share(self.index))
 
     def loss(self, g: Generator, fade: float, logged: bool) -> Tensor:
         """Of a batch of `g`, whose total variation weighs `fade` of its weight; a row of the curve if `logged`."""
@@ -167,9 +169,9 @@ class Descent:
             "collapse": task.collapse,
         }
         # One batch for all classifiers: alone, each has a constant index, which g's batch normalisation would subtract.
-        anchor, y_all, index = self.codes()
-        parts = (torch.bincount(index) // ranks()).tolist()
-        samples = self.samples(g, anchor, y_all, index).split(parts)
+        anchor, y_all = self.codes()
+        parts = [size // ranks() for size in self.sizes]
+        samples = self.samples(g, anchor, y_all).split(parts)
         for t, (step, x, y) in enumerate(zip(self.steps, samples, share(y_all).split(parts), strict=True)):
             delta, collapse = self.params.generator.delta, logged or task.collapse > 0
             terms = loss_terms(step, x, y, self.h(x, y, t), self.alpha[t], delta, task.multiplier_floor, collapse)

@@ -137,11 +137,11 @@ def test_a_label_of_a_mixture_can_be_drawn_alone():
 
 
 def test_pixels_are_free_images_of_every_anchor():
-    pixels = Pixels(((0, 1),), (5, 5), 4, 3, 0.1, 8, 8).initialise(torch.Generator().manual_seed(0))
+    pixels = Pixels(((0, 1),), (5, 5), 4, 3, 0.1, 8, 8).initialise(rng())
     images, y = pixels.bank()
     assert images.shape == (6, 5, 5)
     assert y.tolist() == [0, 0, 0, 1, 1, 1]
-    drawn, labels = pixels.sample(8, torch.Generator().manual_seed(1))
+    drawn, labels = pixels.sample(8, rng(1))
     for image, label in zip(drawn, labels.tolist(), strict=True):
         assert any(torch.equal(image, images[3 * label + anchor]) for anchor in range(3))
 

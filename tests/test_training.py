@@ -1,8 +1,10 @@
 """The generator's loss, term by term, and a training that makes it fall, on small real classifiers."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,22 @@ def pretrained(path: str, architecture: str) -> tuple[Classifier, Homogeneity, d
 def toy(path: str, architecture: str = "batchnorm") -> tuple[Classifier, Homogeneity, dict[str, torch.Tensor]]:
     """A trained classifier of its own for every test, for training sets its gate."""
     return copy.deepcopy(pretrained(path, architecture))
+
+
+@contextlib.contextmanager
+def calls(kind: type[torch.nn.Module]) -> Iterator[list[tuple[Any, tuple[torch.Tensor, ...]]]]:
+    """Every module of `kind` that is called meanwhile, with its arguments."""
+    seen = []
+
+    def look(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, kind):
+            seen.append((module, arguments))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 def run(
@@ -152,19 +170,10 @@ def test_several_classifiers_have_an_alpha_each_and_share_one_generator():
 
 def test_every_batch_of_the_generator_holds_all_classifiers():
     # A batch with one index would lose it: g's batch normalisation subtracts what is constant over the batch.
-    seen = []
-
-    def look(module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, Generator):
-            seen.append(arguments[2].unique().tolist())
-
     halves = [toy("even"), toy("odd")]
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
-    try:
+    with calls(Generator) as seen:
         run([h[0] for h in halves], [h[1] for h in halves], task("toy_1", "toy_2"), steps=3)
-    finally:
-        handle.remove()
-    assert seen[-3:] == [[0, 1]] * 3
+    assert [index.unique().tolist() for _, (_, _, index) in seen[-3:]] == [[0, 1]] * 3
 
 
 def test_classifiers_of_different_shapes_are_refused():
@@ -185,21 +194,12 @@ def test_polished_images_meet_the_equations_better_and_the_generator_makes_them(
     network, _, _ = pretrain(settings, sample(SampleParams("faces", [0, 1], 6), 0), 0, torch.device("cpu"))
     homogeneity = estimate(network, network.input_shape, LambdaParams(8, 16), torch.Generator().manual_seed(0))
     changes = {"polish": 1.0, "total_variation": 1.0, "matrix_learning_rate": 0.02}
-    free = []
-
-    def look(module: torch.nn.Module, _: tuple[torch.Tensor, ...]) -> None:
-        if isinstance(module, Pixels):
-            free.append(module)
-
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
-    try:
+    with calls(Pixels) as free:
         generator, history, film, _ = run([network], [homogeneity], task("faces", **changes), steps=100)
-    finally:
-        handle.remove()
     assert history["step"].tolist() == [*range(201)]  # every one, the images' from 100 on, and the fitted generator's at the end
     before, images = history["stationarity"][[99, 199]]
     assert images < 0.5 * before
-    polished = free[-1].bank()[0]
+    polished = free[-1][0].bank()[0]
     assert (generator.bank()[0] - polished).square().mean() < 0.3 * (polished - polished.mean(0)).square().mean()
     assert [*film][-1] == 200
     torch.testing.assert_close(film[200], generator.sample(20, torch.Generator().manual_seed(0))[0])
