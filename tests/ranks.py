@@ -56,7 +56,7 @@ if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     closed_form.BLOCK = 192  # numbers: several blocks of neurons
-    distributed.SMALL = 300  # some sums are of more
+    distributed.SMALL, distributed.WINDOW = 300, 2**14  # some sums are of more
     networks = {name: [classifier(name.split("-")[0], seed) for seed in (0, 1)] for name in sys.argv[2:]}
     with processes(torch.device("cpu")) as device:
         for name, pair in networks.items():

@@ -1,13 +1,18 @@
 """Two processes that share a batch do what one does alone."""
 
 import os
+import random
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.multiprocessing.spawn import spawn
 
+from gbc import distributed
 from gbc.artifacts import load_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,3 +51,26 @@ def test_two_ranks_train_as_one(trained: dict[int, Path], name: str):
         assert (alone["curve"].unflatten(0, (rows, 2))[..., 3] < 1).double().mean(0).min() > 0.5
     for key, value in alone.items():
         torch.testing.assert_close(shared[key], value, rtol=TOLERANCES[name], atol=TOLERANCES[name])
+
+
+def exchange(rank: int, port: int):
+    """What a process started by torchrun on one machine does in `test_everyone_gets_everyones_tensors`."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()})
+    torch.set_num_threads(1)
+    kinds = torch.float64, torch.float32, torch.bfloat16, torch.int64
+    with distributed.processes(torch.device("cpu")):
+        for turn in range(400):
+            rows = random.Random(turn).choice([0, 1, 7, 500, 2**18, 2**18 + 1])  # of 16 bytes; the last does not fit
+            parts = [torch.arange(rows * 2).view(rows, 2).add(turn + 1000 * one).to(kinds[turn % 4]) for one in range(3)]
+            time.sleep(random.Random(f"{rank} {turn}").choice([0, 0, 0, 1e-3]))
+            assert torch.equal(distributed.gather(parts[rank]), torch.cat(parts)), (turn, rows)
+            torch.testing.assert_close(distributed.total(parts[rank]), torch.stack(parts).sum(0))
+
+
+def test_everyone_gets_everyones_tensors():
+    assert distributed.WINDOW == 2**18 * 16
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        port = server.getsockname()[1]
+    spawn(exchange, (port,), nprocs=3)
