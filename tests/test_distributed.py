@@ -1,4 +1,4 @@
-"""Two processes that share a batch do what one does alone."""
+"""Two processes that share a batch do what one does alone, and several give one another their tensors."""
 
 import os
 import random
