@@ -198,7 +198,7 @@ def evaluate_images(
         reference = control
     untrained = Generator(*(getattr(generator, key) for key in Generator.architecture_keys)).initialise(torch.Generator().manual_seed(seed))
     untrained_images = Images(*untrained.sample(len(generated.x), torch.Generator().manual_seed(seed)))
-    baselines = {"class_mean": class_means(train), "untrained": untrained_images}
+    baselines = {"training": train, "class_mean": class_means(train), "untrained": untrained_images}
     ours, real = compare(generated, train, control), compare(reference, train, control)
     bank = Images(*generator.bank())
     near_bank = compare(bank, train, control)

@@ -79,7 +79,12 @@ POINTS = {
     "seconds": "seconds",
 }
 SHARED = {"ssim_precision": "precision", "ssim_recall": "recall", "train_control_auc": "train/control AUC", "leak_60": "leak 0.6"}
-BASELINES = {"held_out": "real images never seen", "class_mean": "class means", "untrained": "untrained generator"}
+BASELINES = {
+    "training": "the training images themselves",
+    "held_out": "real images never seen",
+    "class_mean": "class means",
+    "untrained": "untrained generator",
+}
 
 
 def data_uri(png: bytes) -> str:

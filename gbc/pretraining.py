@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gbc.classifier import Classifier
-from gbc.homogeneity import estimate
+from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import Oracle, oracle, smallest_margin, target
 from gbc.params import InputError, LambdaParams, PretrainParams
 from gbc.progress import progress
@@ -75,18 +75,23 @@ def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: Pr
         if math.isfinite(value) and (not accepted or value <= last + SLACK * abs(last)):
             last, step_size = value, step_size * (GROW if step < params.max_steps - params.settle_steps else SETTLE)
             gradient = torch.autograd.grad(loss, zeta)
-            accepted = [p.detach().clone() for p in zeta]
-            velocity = [params.momentum * v + slope for v, slope in zip(velocity, gradient, strict=True)]
+            accepted = accepted or [torch.empty_like(p) for p in zeta]
+            with torch.no_grad():
+                for start, p, v, slope in zip(accepted, zeta, velocity, gradient, strict=True):
+                    start.copy_(p)
+                    v.mul_(params.momentum).add_(slope)
             yield Progress(step, value, smallest_margin(logits, y).min().item())
             if value <= params.stop_log_loss:
                 return
         elif not accepted:
             raise InputError("the loss is infinite at the start; set a smaller first_scale or rest_scale")
         else:
-            step_size, velocity = step_size * SHRINK, list(gradient)
+            step_size = step_size * SHRINK
+            for v, slope in zip(velocity, gradient, strict=True):
+                v.copy_(slope)
         with torch.no_grad():
             for p, start, v in zip(zeta, accepted, velocity, strict=True):
-                p.copy_(start - step_size * v)
+                torch.sub(start, torch.mul(v, step_size, out=p), out=p)
     with torch.no_grad():  # the last step was never judged
         for p, start in zip(zeta, accepted, strict=True):
             p.copy_(start)
@@ -130,7 +135,9 @@ def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params:
             yield Progress(step - 1, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
 
 
-def certify(network: Classifier, sets: Sequence[tuple[Tensor, Int[Tensor, " batch"]]], everywhere: bool = False) -> list[Oracle]:
+def certify(
+    network: Classifier, homogeneity: Homogeneity, sets: Sequence[tuple[Tensor, Int[Tensor, " batch"]]], everywhere: bool = False
+) -> list[Oracle]:
     """How well each set of images and labels explains the weights: on Z₁, or `everywhere`, that is with the target zero on Z₂ too.
 
     Batch normalisation takes a whole set as its batch. ReLU's derivative at 0 is any number in [0, 1] (Clarke's subdifferential, with
@@ -138,7 +145,6 @@ def certify(network: Classifier, sets: Sequence[tuple[Tensor, Int[Tensor, " batc
     softplus chose.
     """
     network = copy.deepcopy(network).set_gate(None).freeze()
-    homogeneity = estimate(network, network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0))
     goal = target(network, homogeneity)
     if not everywhere:
         goal = {name: goal[name] for name in homogeneity.z1}
@@ -169,6 +175,8 @@ def pretrain(
     network = Classifier(params.architecture, tuple(x.shape[1:]), tuple(params.hidden), tuple(labels.tolist()))
     network.initialise(torch.Generator().manual_seed(seed), params.first_scale, params.rest_scale)
     network.to(device, dtype)
+    # Λ is the architecture's: that of the initial weights is that of the last, and the oracle needs only Z₁ of it.
+    homogeneity = estimate(copy.deepcopy(network).freeze(), network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0))
     rows: list[dict[str, float]] = []
     checkpoint, residual = FIRST_CHECKPOINT, math.inf
     last = Progress(0, math.inf, -math.inf)
@@ -179,7 +187,7 @@ def pretrain(
             row: dict[str, Any] = vars(last)
             if last.step + 1 >= checkpoint:
                 checkpoint, before = 2 * checkpoint, residual
-                measured = residuals(certify(network, sets))
+                measured = residuals(certify(network, homogeneity, sets))
                 row, residual = row | measured, measured["oracle_residual"]
                 if params.plateau and residual > (1 - params.plateau) * before:
                     break
@@ -191,9 +199,9 @@ def pretrain(
         logits = network.train()(x)
     # Of ReLU itself, not of the softplus that the descent may have ended on.
     last = Progress(last.step, log_loss(logits, y).item(), smallest_margin(logits, y).min().item())
-    final = certify(network, sets)
+    final = certify(network, homogeneity, sets)
     covered = len(final[0].groups) == len(list(network.parameters()))
-    everywhere = final if covered else certify(network, sets, everywhere=True)
+    everywhere = final if covered else certify(network, homogeneity, sets, everywhere=True)
     facts: dict[str, Any] = {
         "residual": final[0].residual,
         "heldout_residual": residuals(final)["heldout_residual"],

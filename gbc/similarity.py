@@ -1,37 +1,34 @@
 """Structural similarity of every image of one set with every image of another (Wang et al. 2004)."""
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for images of data range 1
 AGREED = 0.8  # SSIM above which two members of a mixture agree on an image
 SIGMA, RADIUS = 1.5, 5  # of the Gaussian window; scikit-image cuts it at 3.5 σ
 
 
-def _windows(images: Float[Tensor, "n *shape"]) -> Float[Tensor, "places n window"]:
-    """Every window that lies inside the image, of every channel, flat; places = channels · positions."""
-    size = 2 * RADIUS + 1
-    height, width = images.shape[-2:]
-    patches = F.unfold(images.reshape(-1, 1, height, width), size)  # [n·channels, window, positions]
-    return patches.unflatten(0, (len(images), -1)).permute(1, 3, 0, 2).flatten(0, 1)
-
-
-def _moments(images: Float[Tensor, "n *shape"]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _moments(images: Float[Tensor, "n *shape"]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """One image's share in every window of (2 μ_a μ_b + C₁)(2 σ_ab + C₂) / ((μ_a² + μ_b² + C₁)(σ_a² + σ_b² + C₂)), the SSIM of a pair.
 
     That is μ, μ² + C₁/2, vectors [n, window + 1] whose inner products are 2 σ_ab + C₂, and σ² + C₂/2, all with the Gaussian's weights.
+    Windows are those that lie inside the image, of every channel.
     """
     offsets = torch.arange(-RADIUS, RADIUS + 1, dtype=images.dtype)
     bell = torch.exp(-(offsets**2) / (2 * SIGMA**2))
     weight = torch.outer(bell, bell).flatten() / bell.sum() ** 2
-    windows = _windows(images)
-    mean = windows @ weight
-    deviation = (windows - mean[..., None]) * weight.sqrt()
-    variance = deviation.square().sum(-1)
-    vectors = F.pad(2**0.5 * deviation, (0, 1), value=C2**0.5)
-    return list(zip(mean, mean.square() + C1 / 2, vectors, variance + C2 / 2, strict=True))
+    root, last = (2 * weight).sqrt(), images.new_full((len(images), 1), C2**0.5)
+    channels = images.reshape(len(images), -1, *images.shape[-2:]).unbind(1)
+    rows, columns = (range(side - 2 * RADIUS) for side in images.shape[-2:])
+    for channel, top, left in itertools.product(channels, rows, columns):
+        window = channel[:, top : top + 2 * RADIUS + 1, left : left + 2 * RADIUS + 1].flatten(1)
+        mean = window @ weight
+        vectors = torch.cat([(window - mean[:, None]) * root, last], 1)
+        yield mean, mean.square() + C1 / 2, vectors, vectors.square().sum(1) / 2
 
 
 def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int = 400) -> Float[Tensor, "n m"]:
@@ -41,7 +38,7 @@ def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int 
     Local means and variances are per image; the covariance of all pairs is one matrix product per window. `chunk` images of `a`
     at a time keep what one window needs in the processor's cache.
     """
-    moments_b = _moments(b)
+    moments_b = list(_moments(b))
     rows = []
     for part in a.split(chunk):
         total = a.new_zeros(len(part), len(b))

@@ -49,7 +49,12 @@ def test_the_scores_of_tables_are_those_of_the_report():
         else:
             pytest.fail(f"{name}: a row of {len(row)} cells")
     assert found == {name for name, own in scores.items() if "kkt_residual" in own}
-    kinds = {"real images never seen": "held_out", "class means": "class_mean", "untrained generator": "untrained"}
+    kinds = {
+        "the training images themselves": "training",
+        "real images never seen": "held_out",
+        "class means": "class_mean",
+        "untrained generator": "untrained",
+    }
     baselines = re.findall(r"^\| \*baseline for `(\w+)`: (.*?)\* \| (.*) \|$", text, re.MULTILINE)
     for name, kind, cells in baselines:
         for cell, key in zip(re.findall(r"-?\d\.\d+", cells), columns[2:6], strict=True):

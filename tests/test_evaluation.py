@@ -134,10 +134,11 @@ def test_evaluation_has_every_key_of_the_contract():
     scores += "leak_50 leak_60 recall_40 recall_50 duplicates "
     scores += "precision_ratio_bank recall_ratio_bank train_control_auc_bank leak_60_bank"
     assert set(metrics) == {*scores.split(), "accuracy_on_generated", "student_accuracy", "teacher_accuracy", "baselines"}
-    assert set(metrics["baselines"]) == {"class_mean", "untrained", "held_out"}
+    assert set(metrics["baselines"]) == {"training", "class_mean", "untrained", "held_out"}
     for baseline in metrics["baselines"].values():
         assert set(baseline) == {"ssim_precision", "ssim_recall", "train_control_auc", "leak_60"}
     assert metrics["baselines"]["held_out"]["train_control_auc"] is None  # there was no reference beside the controls
+    assert metrics["baselines"]["training"]["train_control_auc"] == 1
     assert metrics["baselines"]["class_mean"]["ssim_precision"] > metrics["baselines"]["untrained"]["ssim_precision"]
     assert table.groupby("images").size().to_dict() == {"control": 20, "generated": 40, "train": 20}
     assert pictures["generated"].dtype == torch.uint8
