@@ -21,7 +21,7 @@ ABOUT = {
     "mnist": "Handwritten digits, and a batch-normalised classifier as in the paper.",
     "mnist_10": "The classifier of mnist trained on ten images per class instead of fifty: as many weights for a fifth of the images, it gives nearly all of them away.",
     "mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9 (Eq. 12).",
-    "mnist_plain": "A homogeneous classifier without batch normalisation, trained with weight decay. There are no statistics to match "
+    "mnist_plain": "A homogeneous classifier of one hidden layer without batch normalisation, trained with weight decay. There are no statistics to match "
     "and no collapse to hold on to: what is given away comes from stationarity.",
     "mnist_letter": "The paper's loss (Eqs. 5 to 7 and total variation) without an added term, from the classifier of mnist, in 750 steps; the smooth "
     "gate and the anchored noise stay. What comes out are not digits: the extensions are what the other results rest on.",

@@ -1,5 +1,6 @@
 """Descent on log-loss: exact far below float's range, monotone, and it makes weights that the training points explain."""
 
+import copy
 import math
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch.nn import functional as F
 from gbc.artifacts import load_network, save_network
 from gbc.classifier import Classifier, SmoothGateReLU
 from gbc.datasets import sample
+from gbc.homogeneity import estimate
 from gbc.kkt import inner, margin_gradient
 from gbc.params import InputError, PretrainParams, SampleParams
-from gbc.pretraining import KINK, descend, log_loss, pretrain
+from gbc.pretraining import KINK, ORACLE_INPUTS, descend, log_loss, pretrain
 
 
 def params(**changes: object) -> PretrainParams:
@@ -64,6 +66,17 @@ def on_clouds(architecture: str) -> tuple[Classifier, torch.Tensor, torch.Tensor
     network = Classifier(architecture, tuple(x.shape[1:]), IMAGE.get(architecture, (32, 16)), (0, 1, 2))
     network.initialise(torch.Generator().manual_seed(0), 0.3, 0.5)
     return network, x, data["train_y"]
+
+
+@pytest.mark.parametrize("architecture", ["homogeneous", "biased", "batchnorm", "convolutional", "residual"])
+def test_descent_does_not_change_lambda(architecture: str):
+    network, x, y = on_clouds(architecture)
+    found = []
+    for _ in range(2):
+        found.append(estimate(copy.deepcopy(network).freeze(), network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0)))
+        list(descend(network, x, y, params(max_steps=100)))
+    assert found[0].z1 == found[1].z1
+    assert found[0].lam == pytest.approx(found[1].lam, abs=1e-6)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
