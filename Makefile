@@ -42,7 +42,7 @@ benchmarks: $(VENV)/installed
 # Terms of the loss off in turn, three seeds, for the report's table: an hour and a half. Rows that are there are not made again: delete the files first.
 ablation: $(VENV)/installed
 	python -m stages.ablate mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' train_single.mnist_10.length=2.0 steps=500 evaluate.samples=1000
-	python -m stages.ablate mnist_plain steps=400 evaluate.samples=1000
+	python -m stages.ablate mnist_plain steps=480 evaluate.samples=1000
 
 # The whole pipeline with two other seeds, for the table of means: two to three hours. Starts from a clean commit; the same command goes on. Stages that did not change
 # since an earlier commit are taken from the cache.

@@ -124,9 +124,7 @@ def facts(params: Params, name: str, certificates: Mapping[str, Mapping[str, Any
         source, net, known = params.sample[classifier], params.pretrain[classifier], certificates[classifier]
         of = f" of {classifier}" if len(task.classifiers) > 1 else ""
         found[f"Data{of}"] = f"{source.source}, {source.per_class} of each of the classes {', '.join(map(str, source.classes))}"
-        found[f"Classifier{of}"] = (
-            f"{net.architecture}, hidden layers of {' and '.join(map(str, net.hidden))}; log-loss {known['log_loss']:.4g}"
-        )
+        found[f"Classifier{of}"] = f"{net.architecture}, hidden widths {', '.join(map(str, net.hidden))}; log-loss {known['log_loss']:.4g}"
         found[f"Λ{of}"] = f"{max(known['lam'].values()):.3g} on {', '.join(group.removeprefix('layers.') for group in known['z1'])}"
         held_out = known["heldout_residual_all"]
         others = "" if held_out is None else f"; of images never seen {held_out:.3g}"

@@ -63,7 +63,7 @@ def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: Pr
     network.train()
     zeta = list(network.parameters())
     step_size, last = params.step_size, math.inf
-    accepted: list[Tensor] = []
+    accepted = [torch.empty_like(p) for p in zeta]
     gradient: tuple[Tensor, ...] = ()
     velocity = [torch.zeros_like(p) for p in zeta]
     for step in range(params.max_steps):
@@ -72,10 +72,9 @@ def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: Pr
         logits = network(x)
         loss = log_loss(logits, y)
         value = loss.item()
-        if math.isfinite(value) and (not accepted or value <= last + SLACK * abs(last)):
+        if math.isfinite(value) and value <= last + SLACK * abs(last):
             last, step_size = value, step_size * (GROW if step < params.max_steps - params.settle_steps else SETTLE)
             gradient = torch.autograd.grad(loss, zeta)
-            accepted = accepted or [torch.empty_like(p) for p in zeta]
             with torch.no_grad():
                 for start, p, v, slope in zip(accepted, zeta, velocity, gradient, strict=True):
                     start.copy_(p)
@@ -83,7 +82,7 @@ def descend(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params: Pr
             yield Progress(step, value, smallest_margin(logits, y).min().item())
             if value <= params.stop_log_loss:
                 return
-        elif not accepted:
+        elif last == math.inf:
             raise InputError("the loss is infinite at the start; set a smaller first_scale or rest_scale")
         else:
             step_size = step_size * SHRINK
@@ -175,7 +174,7 @@ def pretrain(
     network = Classifier(params.architecture, tuple(x.shape[1:]), tuple(params.hidden), tuple(labels.tolist()))
     network.initialise(torch.Generator().manual_seed(seed), params.first_scale, params.rest_scale)
     network.to(device, dtype)
-    # Λ is the architecture's: that of the initial weights is that of the last, and the oracle needs only Z₁ of it.
+    # Λ belongs to the architecture, so that the initial weights have that of the trained ones; `certify` needs only its Z₁.
     homogeneity = estimate(copy.deepcopy(network).freeze(), network.input_shape, ORACLE_INPUTS, torch.Generator().manual_seed(0))
     rows: list[dict[str, float]] = []
     checkpoint, residual = FIRST_CHECKPOINT, math.inf

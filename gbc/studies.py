@@ -155,6 +155,7 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
         key = changed[0]
         raise InputError(f"{path} was made with {key}={made.get(key)}, not {setting[key]}; keep to it, or delete the table")
     save_json(path.with_suffix(".json"), setting)
+    params = dataclasses.replace(params, train_single=params.train_single | {name: task})
     for seed in range(params.seed, params.seed + SEEDS):
         for row in study(dataclasses.replace(params, seed=seed), name, {row["variant"] for row in rows if row["seed"] == seed}):
             rows.append(row)

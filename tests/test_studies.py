@@ -63,20 +63,23 @@ def test_sizes_change_the_dataset_the_batch_and_the_classifier():
 
 def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path):
     path, made = tmp_path / "study.csv", []
+    polished = tiny("+train_single.faces.members=2", "train_single.faces.polish=1")
 
     def study(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
         for variant in sorted({"a", "b"} - known):
             if len(made) == 3:
                 made.append(None)
                 raise KeyboardInterrupt
+            task = params.train_single[name]
+            assert (task.members, task.polish) == (1, 0)
             made.append((params.seed, variant))
             yield {"variant": variant, "seed": params.seed}
 
     with pytest.raises(KeyboardInterrupt):
-        collect(path, study, tiny(), "faces")
+        collect(path, study, polished, "faces")
     with pytest.raises(InputError, match="made with train_single.gate=50.0, not 0.0; keep to it"):
         collect(path, study, tiny("train_single.faces.gate=0"), "faces")
-    collect(path, study, tiny(), "faces")
+    collect(path, study, polished, "faces")
     assert made == [(0, "a"), (0, "b"), (1, "a"), None, (1, "b"), (2, "a"), (2, "b")]
     assert len(pd.read_csv(path)) == 2 * SEEDS
 

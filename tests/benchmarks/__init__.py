@@ -30,7 +30,8 @@ def untrained() -> tuple[TrainParams, Classifier, Homogeneity]:
     """The committed parameters of `mnist_plain`'s generator, and a random classifier of the committed size."""
     params = load_params([])
     pretrain = params.pretrain["mnist_plain"]
-    return dataclasses.replace(params.train_single["mnist_plain"], length=1.0), *random_network(pretrain.architecture, pretrain.hidden)
+    task = dataclasses.replace(params.train_single["mnist_plain"], length=1.0, polish=0.0)
+    return task, *random_network(pretrain.architecture, pretrain.hidden)
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

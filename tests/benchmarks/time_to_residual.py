@@ -46,7 +46,7 @@ def run(task: TrainParams, steps: int, seed: int) -> tuple[Any, float, float]:
 
 def main() -> None:
     """Print the result."""
-    task = dataclasses.replace(load_params([]).train_single[NAME], length=1.0, multiplier="relu", collapse=0.0)
+    task = dataclasses.replace(load_params([]).train_single[NAME], length=1.0, polish=0.0, multiplier="relu", collapse=0.0)
     plain = dataclasses.replace(task, matrix_learning_rate=0.0, matmul_precision="highest")
     ratios, rows = [], []
     for seed in SEEDS:
