@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gbc.page import BASELINES
 from tests.tiny import ROOT, clone, run
 
 DOCUMENTS = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -49,12 +50,7 @@ def test_the_scores_of_tables_are_those_of_the_report():
         else:
             pytest.fail(f"{name}: a row of {len(row)} cells")
     assert found == {name for name, own in scores.items() if "kkt_residual" in own}
-    kinds = {
-        "the training images themselves": "training",
-        "real images never seen": "held_out",
-        "class means": "class_mean",
-        "untrained generator": "untrained",
-    }
+    kinds = {label: kind for kind, label in BASELINES.items()}
     baselines = re.findall(r"^\| \*baseline for `(\w+)`: (.*?)\* \| (.*) \|$", text, re.MULTILINE)
     for name, kind, cells in baselines:
         for cell, key in zip(re.findall(r"-?\d\.\d+", cells), columns[2:6], strict=True):
