@@ -13,6 +13,8 @@ from gbc.artifacts import Network
 from gbc.distributed import BatchNorm1d, BatchNorm2d
 from gbc.params import InputError
 
+TINY = 1e-9  # added to every multiplier: a label whose multipliers have all died is drawn evenly
+
 
 def kaiming(network: nn.Module, rng: torch.Generator) -> None:
     """Kaiming-normal weights drawn from `rng` and zero biases (He et al. 2015)."""
@@ -48,12 +50,14 @@ class Generator(Network):
     Images, (height, width) or (channels, height, width) with pixels in [0, 1], come out of three fully connected and three
     transposed-convolution layers with ReLU and batch normalisation, as in §5.2; points (a one-dimensional shape) out of three
     fully connected layers. The noise of a label is a mixture of Gaussians of standard deviation `spread` around `anchors` centres of its
-    own, drawn once from N(0, I) and kept with the weights. `known` lists the labels of every classifier's training set.
+    own, drawn once from N(0, I) and kept with the weights; their `shares` of the samples are equal until `weigh`. `known` lists the labels
+    of every classifier's training set.
     """
 
     architecture_keys = ("known", "output_shape", "noise", "anchors", "spread", "width", "channels")
     centres: Tensor
     labels: Tensor
+    shares: Tensor
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class Generator(Network):
         self.width, self.channels = width, channels
         self.register_buffer("labels", torch.tensor(sorted(set().union(*known))), persistent=False)
         self.register_buffer("centres", torch.zeros(len(self.labels), anchors, noise))
+        self.register_buffer("shares", torch.full((len(known), len(self.labels), anchors), 1 / anchors))  # of t's samples of a label
         sizes = [noise + len(self.labels) + len(known), width, width]
         layers: list[nn.Module] = []
         for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
@@ -104,6 +109,21 @@ class Generator(Network):
         """Fresh noise around the given centres of the given labels."""
         noise = torch.randn(len(anchor), self.noise, generator=rng).to(self.centres)
         return self.centres[torch.searchsorted(self.labels, y), anchor] + self.spread * noise
+
+    @torch.no_grad()
+    def weigh(self, h: "Multipliers") -> None:
+        """Let every anchor have the share of its label's samples that its sample's multipliers have.
+
+        Eq. 5 is about μ times the distribution, so that what is drawn in proportion to μ, with equal multipliers, satisfies it as well; and
+        what has none is free to be anything.
+        """
+        for t, labels in enumerate(self.known):
+            own = torch.arange(len(labels), device=self.labels.device).repeat_interleave(self.anchors)
+            y = torch.tensor(labels, device=own.device)
+            place = torch.searchsorted(self.labels, y)
+            x = self.eval()(self.centres[place].flatten(0, 1), y[own], torch.full_like(own, t))
+            mu = h(x, y[own], t).scatter(1, own[:, None], 0).sum(1).view(-1, self.anchors) + TINY
+            self.shares[t, place] = mu / mu.sum(1, keepdim=True)
 
     def sample(
         self, count: int, rng: torch.Generator, t: int | None = None, label: int | None = None
@@ -142,12 +162,13 @@ def draw(
     if t is None:
         knows = torch.tensor([[float(one in part) for part in known] for one in labels.tolist()])
         index = torch.multinomial(knows[torch.searchsorted(labels, y)], 1, generator=rng)[:, 0]
-    anchor = torch.randint(first.anchors, (count,), generator=rng)
-    anchor, y, index = (part.to(first.centres.device) for part in (anchor, y, index))
+    y, index = (part.to(first.centres.device) for part in (y, index))
     x = torch.empty(count, *first.output_shape, dtype=first.centres.dtype, device=first.centres.device)
     for k, member in enumerate(members):
         turn = torch.arange(k, count, len(members))
-        x[turn] = member.eval()(member.perturb(anchor[turn], y[turn], rng), y[turn], index[turn])
+        shares = member.shares[index[turn], torch.searchsorted(first.labels, y[turn])]
+        anchor = torch.multinomial(shares.cpu(), 1, generator=rng)[:, 0].to(shares.device)
+        x[turn] = member.eval()(member.perturb(anchor, y[turn], rng), y[turn], index[turn])
     return x, y
 
 

@@ -257,6 +257,7 @@ def train(
     descent.run(g, count, shared.learning_rate, look)
     if task.polish:
         descent.polish(g, params.training_steps(task.polish), look)
+    g.weigh(h)
     seconds = time.perf_counter() - began
     return Trained(g, pd.DataFrame(descent.rows), film | {descent.done: shot(g, params.seed)}, seconds)
 

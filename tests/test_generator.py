@@ -104,6 +104,29 @@ def test_the_bank_is_every_anchor_of_every_label_without_noise():
     assert torch.cdist(g.sample(30, rng(), 0)[0].flatten(1), samples[:8].flatten(1)).amin(1).max() < 0.05  # different ones are 0.4 apart
 
 
+def test_anchors_are_drawn_in_proportion_to_their_samples_multipliers():
+    g, h = generator(), Multipliers(((0, 1), (1, 5)), (9, 7), 16, "softplus").initialise(rng(3))
+    h.layers[-1].weight.data.mul_(200)  # type: ignore[operator, union-attr]
+    g.weigh(h)
+    g.spread = 0.0
+    seen: list[torch.Tensor] = []
+    g.layers.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    for t, label, other in [(0, 1, 0), (1, 1, 1), (1, 5, 0)]:  # `other`: the place among t's labels of the one that is not asked for
+        place, y = g.labels.tolist().index(label), torch.full((4,), label)
+        multipliers = h(g.eval()(g.centres[place], y, torch.full((4,), t)), y, t)[:, other].detach()
+        assert multipliers.max() > 1.2 * multipliers.min()
+        g.sample(20_000, rng(), t=t, label=label)
+        drawn = (seen[-1][:, None, :3] == g.centres[place]).all(2).double().mean(0)
+        torch.testing.assert_close(drawn, (multipliers / multipliers.sum()).double(), atol=0.01, rtol=0)
+
+
+def test_a_label_without_multipliers_is_drawn_evenly():
+    g, h = generator(), Multipliers(((0, 1), (1, 5)), (9, 7), 16, "relu").initialise(rng())
+    torch.nn.init.constant_(h.layers[-1].bias, -5.0)  # type: ignore[arg-type]
+    g.weigh(h)
+    torch.testing.assert_close(g.shares, torch.full((2, 3, 4), 0.25))
+
+
 def test_a_mixture_draws_from_its_members_in_turn_and_survives_its_files(tmp_path: Path):
     members = [generator().initialise(rng(seed)) for seed in (1, 2, 3)]
     save_network(tmp_path, Mixture.of(members))
