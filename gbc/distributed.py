@@ -4,7 +4,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        with nullcontext() if device.type == "cuda" else _open_windows():
+        with _open_windows(device):
             yield device
     finally:
         dist.destroy_process_group()
@@ -76,10 +76,11 @@ _windows: _Windows | None = None
 
 
 @contextmanager
-def _open_windows() -> Iterator[None]:
-    """Windows between the processes, if all are on one machine of x86 processors."""
+def _open_windows(device: torch.device) -> Iterator[None]:
+    """Windows between the processes, if all are on the x86 processors of one machine."""
     global _windows
-    if platform.machine() not in ("x86_64", "AMD64") or os.environ.get("LOCAL_WORLD_SIZE") != str(ranks()):
+    near = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks())  # this machine has all of them
+    if device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64") or not near:
         yield
         return
     with tempfile.NamedTemporaryFile(prefix="gbc-") as file:

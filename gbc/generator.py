@@ -185,7 +185,6 @@ class Mixture(Network):
 
     def __init__(self, members: int, **architecture: Any):
         super().__init__()
-        self.members = members
         for key, value in architecture.items():
             setattr(self, key, value)
         self.generators = nn.ModuleList(Generator(**architecture) for _ in range(members))
@@ -193,9 +192,14 @@ class Mixture(Network):
     @classmethod
     def of(cls, generators: Sequence[Generator]) -> "Mixture":
         """The mixture of `generators`, which have one architecture."""
-        mixture = cls(len(generators), **{key: getattr(generators[0], key) for key in Generator.architecture_keys})
-        mixture.generators = nn.ModuleList(generators)
+        mixture = cls(0, **{key: getattr(generators[0], key) for key in Generator.architecture_keys})
+        mixture.generators.extend(generators)
         return mixture
+
+    @property
+    def members(self) -> int:
+        """Their number."""
+        return len(self.generators)
 
     @property
     def parts(self) -> list[Generator]:

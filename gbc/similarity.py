@@ -57,9 +57,11 @@ def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int 
 
 def agreement(x: Float[Tensor, "n *shape"], y: Int[Tensor, " n"], members: int) -> Float[Tensor, " n"]:
     """Best SSIM of every image of a mixture's bank, `Mixture.bank`, to one of the same label of another member; −1 if there is none."""
-    member = torch.arange(len(x)) % members
-    comparable = (y[:, None] == y) & (member[:, None] != member)
-    return torch.where(comparable, ssim(x, x), -1.0).amax(1)
+    member, best = torch.arange(len(x)) % members, x.new_empty(len(x))
+    for same in (y == label for label in y.unique()):
+        others = member[same][:, None] != member[same]
+        best[same] = torch.where(others, ssim(x[same], x[same]), -1.0).amax(1)
+    return best
 
 
 def surest(similarity: Float[Tensor, " n"], members: int) -> Int[Tensor, " first"]:
