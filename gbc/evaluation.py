@@ -212,7 +212,7 @@ def evaluate_images(
     }
     best = {"train": ours.train.amax(0), "control": ours.control.amax(0), "generated": ours.train.amax(1)}
     table = pd.concat([pd.DataFrame({"images": role, "ssim": values.numpy()}) for role, values in best.items()])
-    each = PICTURES // len(train.y.unique())
+    each = max(1, min(PICTURES, len(generated.x)) // len(train.y.unique()))
     shown = generated.first(each)
     nearest = ours.train[shown].argmax(1)
     pictures = {"generated": to_uint8(generated.x[shown]), "nearest": to_uint8(train.x[nearest])}

@@ -13,7 +13,7 @@ from gbc.artifacts import Network
 from gbc.distributed import BatchNorm1d, BatchNorm2d
 from gbc.params import InputError
 
-TINY = 1e-9  # added to every multiplier: a label whose multipliers have all died is drawn evenly
+LEAST = 1e-9  # added to every anchor's multipliers: where all have died, anchors are drawn evenly
 
 
 def kaiming(network: nn.Module, rng: torch.Generator) -> None:
@@ -112,17 +112,18 @@ class Generator(Network):
 
     @torch.no_grad()
     def weigh(self, h: "Multipliers") -> None:
-        """Let every anchor have the share of its label's samples that its sample's multipliers have.
+        """Draw the anchors of a label in proportion to the sum of their samples' multipliers, for each classifier.
 
-        Eq. 5 is about μ times the distribution, so that what is drawn in proportion to μ, with equal multipliers, satisfies it as well; and
-        what has none is free to be anything.
+        With every sample's multipliers over their sum, the label's part of Eq. 5 stays the same up to scale; and what has no multiplier has
+        no part in it, and is free to be anything. The multipliers are h's own, without the floor that training puts under them; where
+        training diverged they are no numbers, and anchors are drawn evenly.
         """
         for t, labels in enumerate(self.known):
             own = torch.arange(len(labels), device=self.labels.device).repeat_interleave(self.anchors)
             y = torch.tensor(labels, device=own.device)
             place = torch.searchsorted(self.labels, y)
             x = self.eval()(self.centres[place].flatten(0, 1), y[own], torch.full_like(own, t))
-            mu = h(x, y[own], t).scatter(1, own[:, None], 0).sum(1).view(-1, self.anchors) + TINY
+            mu = h(x, y[own], t).scatter(1, own[:, None], 0).sum(1).nan_to_num(0, 0).view(-1, self.anchors) + LEAST
             self.shares[t, place] = mu / mu.sum(1, keepdim=True)
 
     def sample(
@@ -130,7 +131,8 @@ class Generator(Network):
     ) -> tuple[Tensor, Int[Tensor, " count"]]:
         """`count` samples from fresh noise, and their labels: `label`, or all in equal shares; on the generator's device.
 
-        For every label y the classifier index is drawn from 𝒯_y, the classifiers that know y, unless `t` fixes it.
+        For every label y the classifier index is drawn from 𝒯_y, the classifiers that know y, unless `t` fixes it, and the anchors by their
+        `shares`.
         """
         return draw([self], count, rng, t, label)
 
@@ -149,9 +151,11 @@ def draw(
 ) -> tuple[Tensor, Int[Tensor, " count"]]:
     """`Generator.sample` of several generators for the same classifiers, one sample of each in turn.
 
-    Raises `InputError` if `label` is unknown.
+    Raises `InputError` if `label` or `t` is unknown.
     """
     first = members[0]
+    if t not in (None, *range(len(first.known))):
+        raise InputError(f"classifier {t} is unknown to this generator; it was born from {len(first.known)}, counted from 0")
     known = first.known if t is None else (first.known[t],)
     every = sorted(set().union(*known))
     if label not in (None, *every):
@@ -198,7 +202,7 @@ class Mixture(Network):
 
     @property
     def members(self) -> int:
-        """Their number."""
+        """Number of generators."""
         return len(self.generators)
 
     @property

@@ -226,7 +226,7 @@ def train(
     """Train g, h and one α per classifier so that the generated distribution satisfies the classifiers' KKT conditions.
 
     `kind` is g's class; `live` is shown how it goes. Raises `InputError` if the classifiers take inputs of different shapes, `batch` is
-    below their number of labels, or points are to be polished.
+    below their number of labels or cannot be shared evenly between the processes, or points are to be polished.
     """
     shape = classifiers[0].input_shape
     if any(classifier.input_shape != shape for classifier in classifiers):
@@ -257,9 +257,10 @@ def train(
     descent.run(g, count, shared.learning_rate, look)
     if task.polish:
         descent.polish(g, params.training_steps(task.polish), look)
-    g.weigh(h)
     seconds = time.perf_counter() - began
-    return Trained(g, pd.DataFrame(descent.rows), film | {descent.done: shot(g, params.seed)}, seconds)
+    film[descent.done] = shot(g, params.seed)
+    g.weigh(h)  # after the film, whose codes are always the same
+    return Trained(g, pd.DataFrame(descent.rows), film, seconds)
 
 
 def train_and_save(params: Params, task: TrainParams, name: str) -> None:

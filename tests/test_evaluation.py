@@ -143,6 +143,7 @@ def test_evaluation_has_every_key_of_the_contract():
     assert table.groupby("images").size().to_dict() == {"control": 20, "generated": 40, "train": 20}
     assert pictures["generated"].dtype == torch.uint8
     assert pictures["nearest"].shape == pictures["generated"].shape
+    assert len(evaluation(generator, 41)[2]["generated"]) == 40  # as many of each class
 
 
 def test_what_members_agree_on_is_compared_with_training_and_control_images():

@@ -105,30 +105,35 @@ def test_the_bank_is_every_anchor_of_every_label_without_noise():
 
 
 def test_anchors_are_drawn_in_proportion_to_their_samples_multipliers():
-    g, h = generator(), Multipliers(((0, 1), (1, 5)), (9, 7), 16, "softplus").initialise(rng(3))
+    known = ((0, 1, 5), (1, 5))
+    g, h = generator(known=known), Multipliers(known, (9, 7), 16, "softplus").initialise(rng(3))
     h.layers[-1].weight.data.mul_(200)  # type: ignore[operator, union-attr]
     g.weigh(h)
     g.spread = 0.0
     seen: list[torch.Tensor] = []
     g.layers.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    for t, label, other in [(0, 1, 0), (1, 1, 1), (1, 5, 0)]:  # `other`: the place among t's labels of the one that is not asked for
-        place, y = g.labels.tolist().index(label), torch.full((4,), label)
-        multipliers = h(g.eval()(g.centres[place], y, torch.full((4,), t)), y, t)[:, other].detach()
+    for t, label in [(0, 1), (1, 1), (1, 5)]:
+        centres, y = g.centres[g.labels.tolist().index(label)], torch.full((4,), label)
+        wrong = [place for place, other in enumerate(known[t]) if other != label]
+        multipliers = h(g.eval()(centres, y, torch.full((4,), t)), y, t)[:, wrong].sum(1).detach()
         assert multipliers.max() > 1.2 * multipliers.min()
         g.sample(20_000, rng(), t=t, label=label)
-        drawn = (seen[-1][:, None, :3] == g.centres[place]).all(2).double().mean(0)
+        drawn = (seen[-1][:, None, :3] == centres).all(2).double().mean(0)
         torch.testing.assert_close(drawn, (multipliers / multipliers.sum()).double(), atol=0.01, rtol=0)
 
 
-def test_a_label_without_multipliers_is_drawn_evenly():
+@pytest.mark.parametrize("bias", [-5.0, float("nan"), float("inf")])
+def test_anchors_whose_multipliers_have_died_or_diverged_are_drawn_evenly(bias: float):
     g, h = generator(), Multipliers(((0, 1), (1, 5)), (9, 7), 16, "relu").initialise(rng())
-    torch.nn.init.constant_(h.layers[-1].bias, -5.0)  # type: ignore[arg-type]
+    torch.nn.init.constant_(h.layers[-1].bias, bias)  # type: ignore[arg-type]
     g.weigh(h)
     torch.testing.assert_close(g.shares, torch.full((2, 3, 4), 0.25))
 
 
 def test_a_mixture_draws_from_its_members_in_turn_and_survives_its_files(tmp_path: Path):
     members = [generator().initialise(rng(seed)) for seed in (1, 2, 3)]
+    for k, member in enumerate(members):
+        member.shares[:] = torch.eye(4)[k]  # an anchor alone, and each member's another
     save_network(tmp_path, Mixture.of(members))
     mixture = load_network(tmp_path, Mixture)
     for part in mixture.parts:
@@ -139,7 +144,7 @@ def test_a_mixture_draws_from_its_members_in_turn_and_survives_its_files(tmp_pat
     x, y = mixture.sample(60, rng(9))
     assert y.tolist() == [0] * 20 + [1] * 20 + [5] * 20
     for k, (member, codes) in enumerate(zip(members, seen, strict=True)):
-        assert all((member.centres.flatten(0, 1) == code).all(1).any() for code in codes[:, :3])
+        assert torch.equal(codes[:, :3], member.centres[torch.searchsorted(member.labels, y[k::3].contiguous()), k])
         own = codes[:, :3], y[k::3].contiguous(), codes[:, 6:].argmax(1)
         torch.testing.assert_close(x[k::3], member.eval()(*own).detach())
     assert mixture.sample(2, rng())[0].shape == (2, 9, 7)  # fewer than members
@@ -157,6 +162,8 @@ def test_a_label_of_a_mixture_can_be_drawn_alone():
     assert y.tolist() == [5] * 9
     with pytest.raises(InputError, match="label 5 is unknown to this generator; it knows 0, 1"):
         generator((2,)).sample(9, rng(), t=0, label=5)
+    with pytest.raises(InputError, match="classifier 2 is unknown to this generator; it was born from 2, counted from 0"):
+        generator((2,)).sample(9, rng(), t=2)
 
 
 def test_pixels_are_free_images_of_every_anchor():
