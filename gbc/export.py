@@ -1,7 +1,8 @@
 """Write a generator as generator.pt2 (torch.export) and generator.onnx: python -m gbc.export data/generators/mnist --out exported.
 
-Both take epsilon [batch, noise] float32 and y, t and member, [batch] int64 each, for any batch, and give samples [batch, *output_shape].
-Members count from 0; an unknown label, classifier or member is not told from a known one.
+Both take epsilon [batch, noise] from the standard normal and u [batch] from the uniform distribution on [0, 1), float32, and y, t and
+member, [batch] int64 each, for any batch, and give samples [batch, *output_shape]: those of `Generator.sample`, for u chooses the anchor by
+its share. Classifiers t and members count from 0; an unknown label is not told from a known one.
 """
 
 import argparse
@@ -24,17 +25,21 @@ def export(artifact: Path, folder: Path) -> None:
     from gbc.generator import Mixture
 
     class Exported(nn.Module):
-        """g(ε, y, t) of each sample's member; ONNX has no searchsorted, so that the one-hot codes of known y and t are comparisons."""
+        """Samples of each one's member; ONNX has no searchsorted, so that the one-hot codes of known y and t are comparisons."""
 
         def __init__(self, mixture: Mixture):
             super().__init__()
             self.mixture = mixture
+            self.edges = torch.stack([part.shares.cumsum(2)[..., :-1] for part in mixture.parts])  # between the anchors' parts of [0, 1)
+            self.centres = torch.stack([part.centres for part in mixture.parts])
 
-        def forward(self, epsilon: Tensor, y: Tensor, t: Tensor, member: Tensor) -> Tensor:
-            label = y[:, None] == self.mixture.parts[0].labels
-            index = t[:, None] == torch.arange(len(self.mixture.known))
-            codes = torch.cat([epsilon, label.float(), index.float()], 1)
-            samples = epsilon.new_zeros(1)
+        def forward(self, epsilon: Tensor, u: Tensor, y: Tensor, t: Tensor, member: Tensor) -> Tensor:
+            label = (y[:, None] == self.mixture.parts[0].labels).float()
+            index = (t[:, None] == torch.arange(len(self.mixture.known))).float()
+            place = label.argmax(1)
+            anchor = (u[:, None] >= self.edges[member, t, place]).sum(1)
+            noise = self.centres[member, place, anchor] + self.mixture.parts[0].spread * epsilon
+            codes, samples = torch.cat([noise, label, index], 1), epsilon.new_zeros(1)
             for k, part in enumerate(self.mixture.parts):
                 chosen = (member == k).reshape(-1, *[1] * len(self.mixture.output_shape))
                 samples = torch.where(chosen, part.layers(codes).reshape(-1, *self.mixture.output_shape), samples)
@@ -42,8 +47,8 @@ def export(artifact: Path, folder: Path) -> None:
 
     mixture = load_network(artifact, Mixture).requires_grad_(False)
     y = mixture.parts[0].labels[[0, 0]]
-    arguments = (torch.zeros(2, mixture.parts[0].noise), y, torch.zeros_like(y), torch.zeros_like(y))
-    program = torch.export.export(Exported(mixture).eval(), arguments, dynamic_shapes=({0: torch.export.Dim("batch")},) * 4)
+    arguments = (torch.zeros(2, mixture.parts[0].noise), torch.zeros(2), y, torch.zeros_like(y), torch.zeros_like(y))
+    program = torch.export.export(Exported(mixture).eval(), arguments, dynamic_shapes=({0: torch.export.Dim("batch")},) * 5)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # this machine's paths
     content = io.BytesIO()
@@ -51,7 +56,7 @@ def export(artifact: Path, folder: Path) -> None:
     write_bytes(folder / "generator.pt2", content.getvalue())
     try:
         onnx = torch.onnx.export(
-            program, dynamic_shapes=({0: "batch"}, None, None, None), dynamo=True, verbose=False, output_names=["samples"]
+            program, dynamic_shapes=({0: "batch"}, None, None, None, None), dynamo=True, verbose=False, output_names=["samples"]
         )
     except ImportError as error:
         raise InputError(f"generator.onnx is not written, it needs {error.name}: pip install -e '.[export]'") from error

@@ -32,6 +32,7 @@ def saved(folder: Path, shape: tuple[int, ...]) -> Mixture:
     """Two random generators, written to `folder`; a few training batches give their normalisations statistics of their own."""
     parts = [Generator(KNOWN, shape, noise=3, anchors=4, spread=0.5, width=16, channels=8).initialise(rng(k)) for k in range(2)]
     for g in parts:
+        g.shares.uniform_(generator=rng(7)).div_(g.shares.sum(2, keepdim=True))
         for seed in range(5):
             g.train()(torch.randn(20, 3, generator=rng(seed)), g.labels[torch.arange(20) % 3], torch.arange(20) % 2)
     save_network(folder, Mixture.of(parts))
@@ -53,15 +54,20 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def inputs(batch: int) -> tuple[torch.Tensor, ...]:
-    """Fresh ε, and every label with every classifier and every member in turn."""
+    """Fresh ε and u, and every label with every classifier and every member in turn."""
     label, index = torch.tensor([0, 1, 5]).repeat(batch)[:batch], torch.arange(batch) % 2
-    return torch.randn(batch, 3, generator=rng(9)), label, index, torch.arange(batch) // 2 % 2
+    return torch.randn(batch, 3, generator=rng(9)), torch.rand(batch, generator=rng(10)), label, index, torch.arange(batch) // 2 % 2
 
 
 def eager(mixture: Mixture, batch: int) -> torch.Tensor:
     """What the members make of `inputs`, each of its own."""
-    *codes, member = inputs(batch)
-    return torch.stack([mixture.parts[k](*(code[[i]] for code in codes))[0] for i, k in enumerate(member.tolist())])
+    samples = []
+    for epsilon, u, y, t, member in zip(*inputs(batch), strict=True):
+        g = mixture.parts[int(member)]
+        place = g.labels.tolist().index(int(y))
+        anchor = next(k for k in range(4) if u < g.shares[t, place, : k + 1].sum())
+        samples.append(g((g.centres[place, anchor] + g.spread * epsilon)[None], y[None], t[None])[0])
+    return torch.stack(samples)
 
 
 @pytest.mark.parametrize("batch", [1, 7])
@@ -80,9 +86,9 @@ def test_onnx_is_the_eager_generator(exported: tuple[Mixture, Path], batch: int)
     session = runtime.InferenceSession(folder / "generator.onnx")
     assert [(part.name, part.shape) for part in session.get_inputs()] == [
         ("epsilon", ["batch", 3]),
-        *((name, ["batch"]) for name in ("y", "t", "member")),
+        *((name, ["batch"]) for name in ("u", "y", "t", "member")),
     ]
-    named = dict(zip(("epsilon", "y", "t", "member"), (part.numpy() for part in inputs(batch)), strict=True))
+    named = dict(zip(("epsilon", "u", "y", "t", "member"), (part.numpy() for part in inputs(batch)), strict=True))
     samples = torch.from_numpy(session.run(["samples"], named)[0])
     torch.testing.assert_close(samples, eager(g, batch), atol=1e-5, rtol=0, check_stride=False)
 
