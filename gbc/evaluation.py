@@ -161,7 +161,7 @@ def student_accuracy(generated: Images, test: Images, seed: int) -> float:
 
 
 def score_agreement(agreed: Bool[Tensor, " n"], bank: Similarities) -> dict[str, float | None]:
-    """Share of a mixture's fixed codes that its members agree on; and the shares of those, and of the others, near a training image.
+    """Share of a mixture's codes that its members agree on; and the shares of those, and of the others, near a training image.
 
     Held-out images are the control: what is near one of these is a plain image of its class. None where there is no code.
     """
@@ -217,8 +217,9 @@ def evaluate_images(
     nearest = ours.train[shown].argmax(1)
     pictures = {"generated": to_uint8(generated.x[shown]), "nearest": to_uint8(train.x[nearest])}
     if generator.members > 1:
-        agreed = agreement(bank.x, bank.y, generator.members)
-        metrics |= score_agreement(agreed > AGREED, near_bank)
+        heard = generator.heard()
+        agreed = agreement(bank.x, bank.y, heard, generator.members)
+        metrics |= score_agreement(agreed[heard] > AGREED, Similarities(near_bank.train[heard], near_bank.control[heard]))
         order = surest(agreed, generator.members)
         order = torch.cat([order[bank.y[order] == label][:each] for label in train.y.unique()])
         pictures |= {"agreed": to_uint8(bank.x[order]), "agreed_nearest": to_uint8(train.x[near_bank.train[order].argmax(1)])}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +13,7 @@ from gbc.artifacts import Network
 from gbc.distributed import BatchNorm1d, BatchNorm2d
 from gbc.params import InputError
 
+SILENT = 0.1  # of an even share; an anchor that has less is hardly ever drawn
 LEAST = 1e-9  # added to every anchor's multipliers: where all have died, anchors are drawn evenly
 
 
@@ -136,13 +137,19 @@ class Generator(Network):
         """
         return draw([self], count, rng, t, label)
 
+    def _first(self) -> Int[Tensor, " labels"]:
+        """The first classifier that knows each label."""
+        return torch.tensor([next(t for t, part in enumerate(self.known) if label in part) for label in self.labels.tolist()])
+
     @torch.no_grad()
     def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
         """The sample at every anchor for every label, without noise, and their labels; t is the first classifier that knows the label."""
-        device = self.centres.device
-        y = self.labels.repeat_interleave(self.anchors)
-        index = torch.tensor([next(t for t, part in enumerate(self.known) if label in part) for label in y.tolist()], device=device)
+        y, index = (part.repeat_interleave(self.anchors) for part in (self.labels, self._first().to(self.labels)))
         return self.eval()(self.centres.flatten(0, 1), y, index), y
+
+    def heard(self) -> Bool[Tensor, " bank"]:
+        """Which codes of `bank` samples are drawn from, more than once in a while."""
+        return (self.shares[self._first(), torch.arange(len(self.labels))] * self.anchors >= SILENT).flatten()
 
 
 @torch.no_grad()
@@ -220,6 +227,10 @@ class Mixture(Network):
         """`Generator.bank`, one sample of each member in turn."""
         x, y = zip(*(part.bank() for part in self.parts), strict=True)
         return torch.stack(x, 1).flatten(0, 1), torch.stack(y, 1).flatten()
+
+    def heard(self) -> Bool[Tensor, " bank"]:
+        """`Generator.heard`, in the order of `bank`."""
+        return torch.stack([part.heard() for part in self.parts], 1).flatten()
 
 
 class Pixels(Generator):

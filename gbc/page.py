@@ -138,7 +138,7 @@ def facts(params: Params, name: str, certificates: Mapping[str, Mapping[str, Any
 
 
 def agreement(values: Mapping[str, Any]) -> pd.DataFrame:
-    """The fixed codes of a mixture on which its members agree, and the others: their share, and how many are near a real image."""
+    """The codes of a mixture that are drawn, those on which its members agree and others: their share, and how many are near a real image."""
     rows = {
         "agreed on": (values["agreed"], values["agreed_train_70"], values["agreed_control_70"]),
         "others": (1 - values["agreed"], values["others_train_70"], values["others_control_70"]),

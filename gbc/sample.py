@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers at once
 
 
 def agreed_images(mixture: "Mixture", label: int | None = None) -> "Tensor":
-    """Fixed codes [n, *output_shape] of the first member that another member agrees on, of `label` or all, those of the largest SSIM first.
+    """Images [n, *output_shape] at the first member's anchors that another agrees on, of `label` or all, those of the largest SSIM first.
 
     Raises `InputError` if there is one member alone, or no such code.
     """
@@ -24,7 +24,7 @@ def agreed_images(mixture: "Mixture", label: int | None = None) -> "Tensor":
     if mixture.members == 1:
         raise InputError("this generator has one member, which has none to agree with; `members` in params.yaml has to be 2 or more")
     x, y = mixture.bank()
-    similarity = agreement(x, y, mixture.members)
+    similarity = agreement(x, y, mixture.heard(), mixture.members)
     order = surest(similarity, mixture.members)
     order = order[(similarity[order] > AGREED) & ((y[order] == label) | (label is None))]
     if not len(order):

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for images of data range 1
@@ -55,10 +55,10 @@ def ssim(a: Float[Tensor, "n *shape"], b: Float[Tensor, "m *shape"], chunk: int 
     return torch.cat(rows)
 
 
-def agreement(x: Float[Tensor, "n *shape"], y: Int[Tensor, " n"], members: int) -> Float[Tensor, " n"]:
-    """Best SSIM of every image of a mixture's bank, `Mixture.bank`, to one of the same label of another member; −1 if there is none."""
-    member, best = torch.arange(len(x)) % members, x.new_empty(len(x))
-    for same in (y == label for label in y.unique()):
+def agreement(x: Float[Tensor, "n *shape"], y: Int[Tensor, " n"], heard: Bool[Tensor, " n"], members: int) -> Float[Tensor, " n"]:
+    """Best SSIM of every image of a mixture's bank to another member's of the same label; −1 if there is none. Only of those `heard`."""
+    member, best = torch.arange(len(x)) % members, x.new_full((len(x),), -1)
+    for same in ((y == label) & heard for label in y.unique()):
         others = member[same][:, None] != member[same]
         best[same] = torch.where(others, ssim(x[same], x[same]), -1.0).amax(1)
     return best

@@ -160,4 +160,8 @@ def test_a_mixture_is_scored_as_a_whole_and_for_agreement():
     assert set(metrics) - set(alone) == {"agreed", *(f"{name}_{role}_70" for name in ("agreed", "others") for role in ("train", "control"))}
     assert metrics["train_control_auc_bank"] != alone["train_control_auc_bank"]
     assert pictures["agreed"].shape == pictures["agreed_nearest"].shape == (8, 13, 13)
+    assert metrics["agreed"] == 0
+    parts[0].shares[:] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    twins, _, _ = evaluation(Mixture.of([parts[0]] * 2))
+    assert (twins["agreed"], twins["others_train_70"]) == (1, None)  # of what is drawn
     assert "agreed" not in none

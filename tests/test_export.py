@@ -139,13 +139,15 @@ def test_agreed_images_are_those_of_one_member_that_another_has_too_the_surest_f
     twin = copy.deepcopy(first)
     twin.centres[0] += torch.tensor([0.1, 0.0, 0.07, 0.01])[:, None]  # of the first label they agree more or less
     twins = Mixture.of([first, twin])
-    similarity = agreement(*twins.bank(), 2)[::2]
+    similarity = agreement(*twins.bank(), twins.heard(), 2)[::2]
     assert (similarity[:4] > AGREED).all()
     assert similarity[:4].argsort(descending=True).tolist() == [1, 3, 2, 0]
     torch.testing.assert_close(agreed_images(twins, 0), first.bank()[0][[1, 3, 2, 0]])
     assert len(agreed_images(twins)) == 12
+    first.shares[0, 0] = torch.tensor([0.5, 0.0, 0.3, 0.2])  # the first label's surest is never drawn
+    torch.testing.assert_close(agreed_images(twins, 0), first.bank()[0][[3, 2, 0]])
     twins.parts[1].layers.load_state_dict(other.layers.state_dict())
-    agreed = agreement(*twins.bank(), 2)[::2] > AGREED
+    agreed = agreement(*twins.bank(), twins.heard(), 2)[::2] > AGREED
     assert not agreed.all()
     with pytest.raises(InputError, match="agree on no image of label 3"):
         agreed_images(twins, 3)

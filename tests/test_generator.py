@@ -122,6 +122,16 @@ def test_anchors_are_drawn_in_proportion_to_their_samples_multipliers():
         torch.testing.assert_close(drawn, (multipliers / multipliers.sum()).double(), atol=0.01, rtol=0)
 
 
+def test_what_is_hardly_ever_drawn_is_not_heard():
+    first, second = generator(), generator()
+    assert first.heard().all()
+    first.shares[0, 1] = torch.tensor([0.93, 0.03, 0.02, 0.02])  # of label 1, which classifier 1 knows too
+    first.shares[1, 1:] = torch.tensor([0.0, 0.0, 0.5, 0.5])
+    heard = [True] * 4 + [True, True, False, False] + [False, False, True, True]
+    assert first.heard().tolist() == heard
+    assert Mixture.of([first, second]).heard().reshape(12, 2).T.tolist() == [heard, [True] * 12]
+
+
 @pytest.mark.parametrize("bias", [-5.0, float("nan"), float("inf")])
 def test_anchors_whose_multipliers_have_died_or_diverged_are_drawn_evenly(bias: float):
     g, h = generator(), Multipliers(((0, 1), (1, 5)), (9, 7), 16, "relu").initialise(rng())

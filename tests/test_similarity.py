@@ -30,7 +30,11 @@ def test_ssim_of_all_pairs_equals_scikit_image(shape):
 def test_members_agree_on_what_another_member_makes_of_the_same_label():
     x = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(0))
     bank, y = x[[0, 2, 0, 1, 1, 0]], torch.tensor([0, 0, 0, 1, 1, 1])  # two members in turn
-    similarity = agreement(bank, y, 2)
+    heard = torch.ones(6, dtype=torch.bool)
+    similarity = agreement(bank, y, heard, 2)
     torch.testing.assert_close(similarity[[3, 4]], torch.ones(2))
     assert similarity[[0, 2, 5]].max() < 0.8  # its equals are a code of the same member, and one of another label
-    assert (agreement(bank, y, 1) == -1).all()
+    assert (agreement(bank, y, heard, 1) == -1).all()
+    heard[3] = False
+    assert agreement(bank, y, heard, 2)[3] == -1
+    assert agreement(bank, y, heard, 2)[4] < 0.8
