@@ -31,8 +31,8 @@ def rng(seed: int = 0) -> torch.Generator:
 def saved(folder: Path, shape: tuple[int, ...]) -> Mixture:
     """Two random generators, written to `folder`; a few training batches give their normalisations statistics of their own."""
     parts = [Generator(KNOWN, shape, noise=3, anchors=4, spread=0.5, width=16, channels=8).initialise(rng(k)) for k in range(2)]
-    for g in parts:
-        g.shares.uniform_(generator=rng(7)).div_(g.shares.sum(2, keepdim=True))
+    for k, g in enumerate(parts):
+        g.shares.uniform_(generator=rng(7 + k)).div_(g.shares.sum(2, keepdim=True))
         for seed in range(5):
             g.train()(torch.randn(20, 3, generator=rng(seed)), g.labels[torch.arange(20) % 3], torch.arange(20) % 2)
     save_network(folder, Mixture.of(parts))
