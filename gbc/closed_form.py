@@ -233,7 +233,7 @@ class ClosedForm(Step):
             scale = None
             if layer.norm is not None:
                 z, scale, average, variance = normalise(z, layer.norm.eps)
-                self.remember(layer.norm, average, variance, len(x))
+                self.moments.append((layer.norm, average, variance, 1))
             self.tape.append((z, scale))
             z, seen = _Ahead.apply(z, layer, self.by_gram(above))
             self.inputs.append(seen)

@@ -119,11 +119,12 @@ class Generator(Network):
         no part in it, and is free to be anything. The multipliers are h's own, without the floor that training puts under them; where
         training diverged they are no numbers, and anchors are drawn evenly.
         """
+        samples = self.anchored()
         for t, labels in enumerate(self.known):
             own = torch.arange(len(labels), device=self.labels.device).repeat_interleave(self.anchors)
             y = torch.tensor(labels, device=own.device)
             place = torch.searchsorted(self.labels, y)
-            x = self.eval()(self.centres[place].flatten(0, 1), y[own], torch.full_like(own, t))
+            x = samples[t, place].flatten(0, 1)
             mu = h(x, y[own], t).scatter(1, own[:, None], 0).sum(1).nan_to_num(0, 0).view(-1, self.anchors) + LEAST
             self.shares[t, place] = mu / mu.sum(1, keepdim=True)
 
@@ -142,13 +143,19 @@ class Generator(Network):
         return torch.tensor([next(t for t, part in enumerate(self.known) if label in part) for label in self.labels.tolist()])
 
     @torch.no_grad()
+    def anchored(self) -> Float[Tensor, "classifiers labels anchors *shape"]:
+        """The sample at every anchor, without noise, for every classifier and every label, whether or not it knows that."""
+        sizes = (len(self.known), len(self.labels), self.anchors)
+        t, label, anchor = torch.cartesian_prod(*map(torch.arange, sizes)).to(self.labels).T
+        return self.eval()(self.centres[label, anchor], self.labels[label], t).unflatten(0, sizes)
+
     def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
         """The sample at every anchor for every label, without noise, and their labels; t is the first classifier that knows the label."""
-        y, index = (part.repeat_interleave(self.anchors) for part in (self.labels, self._first().to(self.labels)))
-        return self.eval()(self.centres.flatten(0, 1), y, index), y
+        x = self.anchored()[self._first(), torch.arange(len(self.labels))].flatten(0, 1)
+        return x, self.labels.repeat_interleave(self.anchors)
 
     def heard(self) -> Bool[Tensor, " bank"]:
-        """Which codes of `bank` samples are drawn from, more than once in a while."""
+        """Which codes of `bank` are drawn at least a tenth as often as an even share would be."""
         return (self.shares[self._first(), torch.arange(len(self.labels))] * self.anchors >= SILENT).flatten()
 
 
@@ -242,11 +249,9 @@ class Pixels(Generator):
         return self._set(torch.randn(len(self.known) * count, *self.output_shape, generator=rng))
 
     @classmethod
-    @torch.no_grad()
     def of(cls, g: Generator) -> "Pixels":
         """The samples of `g` at its anchors, without noise."""
-        t, label, anchor = torch.cartesian_prod(*(torch.arange(size) for size in (len(g.known), len(g.labels), g.anchors))).to(g.labels).T
-        x = g.eval()(g.centres[label, anchor], g.labels[label], t)
+        x = g.anchored().flatten(0, 2)
         return cls(**{key: getattr(g, key) for key in g.architecture_keys})._set(x.clamp(0.005, 0.995).logit()).to(x.device)
 
     def _set(self, raw: Tensor) -> "Pixels":

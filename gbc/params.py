@@ -109,6 +109,7 @@ class TrainParams:
     multiplier: str = one_of("relu", "softplus", "equal")
     multiplier_floor: float = ranged(0.0, 1.0)
     matmul_precision: str = one_of("highest", "high", "medium")
+    images: int = ranged(0.0, default=0)
     members: int = ranged(1.0, 100.0, default=1)
     polish: float = ranged(0.0, default=0.0)
 

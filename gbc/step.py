@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gbc.classifier import Classifier, SmoothGateReLU
-from gbc.distributed import loss_totals, mean, normalise, ranks, total
+from gbc.distributed import loss_totals, mean, normalise, total
 from gbc.homogeneity import Homogeneity
 from gbc.kkt import inner, margin_gradient, stationarity, target
 
@@ -32,7 +32,7 @@ class Step(ABC):
         self.network = network.freeze().set_gate(gate)
         self.labels = torch.tensor(network.labels, device=next(network.parameters()).device)
         self.goal = target(network, homogeneity)
-        self.moments: list[tuple[_BatchNorm, Tensor, Tensor]] = []  # every batch normalisation with its input's mean and variance
+        self.moments: list[tuple[_BatchNorm, Tensor, Tensor, int]] = []  # each with its input's mean, variance and places in an image
         self.features: Tensor  # [batch, ...], what enters the last ReLU
 
     @abstractmethod
@@ -43,18 +43,17 @@ class Step(ABC):
     def stationarity(self, own: Int[Tensor, " batch"], mu: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
         """Relative residual of Eq. 5 for samples of class index `own` with multipliers `mu`, differentiable in the samples and in `mu`."""
 
-    def remember(self, module: _BatchNorm, average: Tensor, variance: Tensor, samples: int) -> None:
-        """Keep a batch normalisation's moments, the variance unbiased, as its running one is."""
-        count = samples * ranks()
-        self.moments.append((module, average, variance * count / (count - 1)))
-
-    def statistics_mismatch(self) -> Float[Tensor, ""]:
+    def statistics_mismatch(self, images: int) -> Float[Tensor, ""]:
         """Mean squared difference of the batch's mean and deviation from the running ones, in running deviations; summed over layers.
 
-        The running statistics are those of the training batch, and part of the weights file.
+        The running statistics are those of the training batch, and part of the weights file. Their variance is the unbiased one, n/(n − 1)
+        times the mean square, where n counts the training `images`, or the places of all in their feature maps. For a batch of another
+        size than theirs it has to be said: of 9 points it is an eighth.
         """
         mismatch = torch.zeros((), dtype=next(self.network.parameters()).dtype, device=self.labels.device)
-        for module, average, variance in self.moments:
+        for module, average, variance, places in self.moments:
+            count = images * places
+            variance = variance * count / (count - 1)
             assert module.running_mean is not None
             assert module.running_var is not None
             shift = (average - module.running_mean).square() / module.running_var
@@ -96,7 +95,7 @@ class DoubleBackward(Step):
         assert isinstance(module, _BatchNorm)
         (z,) = arguments
         _, _, average, variance = normalise(z, module.eps)
-        self.remember(module, average, variance, z.numel() // len(average))
+        self.moments.append((module, average, variance, z[0, 0].numel()))
 
     def logits(self, x: Tensor) -> Tensor:
         """Φ(x)."""

@@ -59,11 +59,12 @@ def loss_terms(
     y: Int[Tensor, " batch"],
     mu: Float[Tensor, "batch classes"],
     alpha: Float[Tensor, ""],
+    images: int,
     delta: float,
     floor: float,
     collapse: bool,
 ) -> dict[str, Tensor]:
-    """The terms of the loss for one classifier, unweighted; `collapse`, which needs messages of its own, if asked for.
+    """The terms of the loss for one classifier of so many `images`, unweighted; `collapse`, which needs messages of its own, if asked for.
 
     Duality is in units of the margin asked for, e^{−α}, and `delta` is its share; the unit carries no gradient, or α could shrink
     the loss by shrinking the unit's inverse. `floor` keeps the runner-up's multipliers, the only ones of the paper's
@@ -80,7 +81,7 @@ def loss_terms(
         "stationarity": step.stationarity(own, mu),
         "duality": penalty,
         "total_variation": variation,
-        "statistics": step.statistics_mismatch(),
+        "statistics": step.statistics_mismatch(images),
     }
     if collapse:
         terms["collapse"] = step.collapse(own)
@@ -173,8 +174,9 @@ class Descent:
         parts = [size // ranks() for size in self.sizes]
         samples = self.samples(g, anchor, y_all).split(parts)
         for t, (step, x, y) in enumerate(zip(self.steps, samples, share(y_all).split(parts), strict=True)):
+            images = (task.images or task.anchors) * len(step.labels)
             delta, collapse = self.params.generator.delta, logged or task.collapse > 0
-            terms = loss_terms(step, x, y, self.h(x, y, t), self.alpha[t], delta, task.multiplier_floor, collapse)
+            terms = loss_terms(step, x, y, self.h(x, y, t), self.alpha[t], images, delta, task.multiplier_floor, collapse)
             loss = loss + sum(weight * terms[name] for name, weight in weights.items() if weight)
             loss = loss + self.params.beta * task.margin_reward * self.alpha[t]
             if logged:
