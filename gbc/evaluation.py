@@ -128,6 +128,13 @@ def score_points(generated: Float[Tensor, "n 2"], train: Float[Tensor, "points 2
     }
 
 
+def score_index(fixed: Sequence[Float[Tensor, "n 2"]], train: Sequence[Float[Tensor, "points 2"]]) -> dict[str, float]:
+    """Of the samples of every classifier index, the share within 0.15 of that classifier's points and of the others'; the worst of each."""
+    near = torch.tensor([[(torch.cdist(x, points) < NEAR).any(1).double().mean().item() for points in train] for x in fixed])
+    own = torch.eye(len(train), dtype=torch.bool)
+    return {"own_015": near[own].min().item(), "others_015": near[~own].max().item()}
+
+
 def accuracy(classifiers: Sequence[Classifier], x: Tensor, y: Int[Tensor, " n"]) -> float:
     """Share of images that a classifier which knows their label names right, as deployed (eval mode)."""
     right = []
@@ -230,17 +237,18 @@ def evaluate_points(
     generated: Images,
     generator: Mixture,
     classifiers: Sequence[Classifier],
-    data: Mapping[str, Tensor],
+    samples: Sequence[Mapping[str, Tensor]],
     active: Bool[Tensor, " points"],
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Toy metrics, and what the toy's figures show: training points, the classifiers' landscapes, samples free and by classifier."""
+    train_x, train_y = (torch.cat([part[role] for part in samples]) for role in ("train_x", "train_y"))
     ticks = torch.linspace(-EXTENT, EXTENT, GRID)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
     pictures = {
         "extent": torch.tensor(EXTENT),
-        "train_x": data["train_x"],
-        "train_y": data["train_y"],
+        "train_x": train_x,
+        "train_y": train_y,
         "active": active,
         "samples_x": generated.x,
         "samples_y": generated.y,
@@ -250,7 +258,10 @@ def evaluate_points(
             pictures[f"landscape_{t}"] = network.eval()(plane).argmax(1).reshape(GRID, GRID).to(torch.uint8)
         fixed = generator.sample(len(generated.x) // len(classifiers), torch.Generator().manual_seed(seed), t)
         pictures[f"fixed_{t}_x"], pictures[f"fixed_{t}_y"] = fixed
-    return score_points(generated.x, data["train_x"], active), pictures
+    metrics = score_points(generated.x, train_x, active)
+    if len(samples) > 1:
+        metrics |= score_index([pictures[f"fixed_{t}_x"] for t in range(len(samples))], [part["train_x"] for part in samples])
+    return metrics, pictures
 
 
 def evaluate(
@@ -266,13 +277,13 @@ def evaluate(
     Returns metrics, the table of best SSIMs (empty for points) and pictures. Raises `InputError` if samples are not finite, or images are
     fewer than two of each class.
     """
-    data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
     generated = Images(*generator.sample(count, torch.Generator().manual_seed(seed)))
     if not generated.x.isfinite().all():
         raise InputError("the generator makes values that are not numbers: its training diverged; set a smaller learning rate")
     shared = {"accuracy_on_generated": accuracy(classifiers, generated.x, generated.y)}
     if len(generator.output_shape) == 1:
-        metrics, pictures = evaluate_points(generated, generator, classifiers, data, torch.tensor(sum(active, [])), seed)
+        metrics, pictures = evaluate_points(generated, generator, classifiers, samples, torch.tensor(sum(active, [])), seed)
         return metrics | shared, pd.DataFrame({"images": [], "ssim": []}), pictures
+    data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
     metrics, table, pictures = evaluate_images(generated, generator, classifiers, data, seed)
     return metrics | shared, table, pictures

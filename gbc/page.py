@@ -73,6 +73,8 @@ POINTS = {
     "within_015": "samples near a training point",
     "points_hit": "training points hit",
     "points_active": "of active ones",
+    "own_015": "by index: near its points",
+    "others_015": "near the others'",
     "accuracy_on_generated": "label accuracy",
     "kkt_residual": "residual",
     "oracle_residual": "oracle",

@@ -17,6 +17,7 @@ from gbc.evaluation import (
     leak,
     score_agreement,
     score_images,
+    score_index,
     score_points,
     student_accuracy,
 )
@@ -77,6 +78,13 @@ def test_points_are_hit_within_015():
     assert score_points(generated, train, torch.tensor([True, True])) == {"within_015": 0.5, "points_hit": 1, "points_active": 2}
     hit = torch.cdist(generated, train).amin(0) < 0.15
     assert score_points(generated, train, ~hit) == {"within_015": 0.5, "points_hit": 0, "points_active": 1}
+
+
+def test_samples_of_an_index_are_near_their_own_classifiers_points_or_the_others():
+    first, second = torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+    stray = torch.tensor([[0.0, 0.1], [1.0, 0.1], [3.0, 0.0], [0.1, 0.0]])
+    assert score_index([stray, second], [first, second]) == {"own_015": 0.5, "others_015": 0.25}
+    assert score_index([first, stray], [first, second]) == {"own_015": 0.25, "others_015": 0.5}
 
 
 def test_accuracy_asks_the_classifiers_that_know_the_label():
