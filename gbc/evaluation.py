@@ -128,7 +128,7 @@ def score_points(generated: Float[Tensor, "n 2"], train: Float[Tensor, "points 2
     }
 
 
-def score_index(fixed: Sequence[Float[Tensor, "n 2"]], train: Sequence[Float[Tensor, "points 2"]]) -> dict[str, float]:
+def score_index(fixed: Sequence[Float[Tensor, "_ 2"]], train: Sequence[Float[Tensor, "_ 2"]]) -> dict[str, float]:
     """Of the samples of every classifier index, the share within 0.15 of that classifier's points and of the others'; the worst of each."""
     near = torch.tensor(
         [[(torch.cdist(x, points) < NEAR).any(1).double().mean().item() for points in train] for x in fixed], dtype=torch.float64
