@@ -30,7 +30,8 @@ def test_the_report_is_whole_and_opens_offline(project: Path):
     assert set(metrics) == {"toy_1", "faces", "toy_pair", "certify"}
     assert set(metrics["certify"]) == {"toy_1", "toy_2", "faces"}
     assert metrics["certify"]["faces"]["z1"] == ["layers.5.bias", "layers.5.weight", "layers.7.weight"]
-    assert {"within_015", "points_hit", "points_active", "own_015", "others_015", "kkt_residual", "seconds"} <= set(metrics["toy_pair"])
+    assert {"within_015", "points_hit", "points_active", "kkt_residual", "oracle_residual", "seconds"} <= set(metrics["toy_pair"])
+    assert {"own_015", "others_015"} <= set(metrics["toy_pair"])
     assert {"ssim_precision", "train_control_auc", "kkt_residual", "oracle_residual", "seconds", "baselines"} <= set(metrics["faces"])
     figures = {path.stem for path in (project / "reports/figures").iterdir()}
     assert {"fig2_duality", "fig3_lambda", "fig7_faces", "loss_curves", "ssim_distribution"} <= figures
