@@ -90,7 +90,7 @@ def load_network(folder: Path, kind: type[N]) -> N:
         network.load_state_dict(weights)
     except InputError as error:
         raise InputError(f"{folder}/architecture.json: {error}") from error
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{folder}: weights.safetensors does not fit architecture.json ({' '.join(str(error).split())})") from error
     return network
 

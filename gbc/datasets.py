@@ -3,6 +3,7 @@
 The classifier's stages import this module; the generator's never do. torchvision is imported where it is used: it takes two seconds.
 """
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,25 +56,29 @@ def _circle(params: SampleParams) -> Pool:
     return _pool(np.stack([np.cos(angle), np.sin(angle)], 1).astype(np.float32)[part], (np.arange(18) // 6)[part])
 
 
-def _npz(params: SampleParams) -> Pool:
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`images` [n, height, width] or [n, channels, height, width], uint8 or float in [0, 1], and integer `labels` [n].
 
-    One channel becomes [height, width].
+    Returns float32 images, where one channel becomes [height, width], and labels. Raises `InputError` if the file is not so.
     """
     try:
-        with Path(params.path).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             images, labels = file["images"], file["labels"]
-    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
-        raise InputError(f"{params.path}: not an npz file with arrays `images` and `labels` ({error})") from error
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile, zlib.error) as error:
+        raise InputError(f"{path}: not an npz file with arrays `images` and `labels` ({error})") from error
     if labels.shape != images.shape[:1] or images.ndim not in (3, 4) or not images.size:
-        raise InputError(f"{params.path}: labels {labels.shape} do not match images {images.shape}; one integer label per image is needed")
+        raise InputError(f"{path}: labels {labels.shape} do not match images {images.shape}; one integer label per image is needed")
     if images.dtype == np.uint8:
         images = images / np.float32(255)
     if not (
         np.issubdtype(images.dtype, np.floating) and images.min() >= 0 and images.max() <= 1 and np.issubdtype(labels.dtype, np.integer)
     ):
-        raise InputError(f"{params.path}: images must be uint8, or float in [0, 1], and labels integers")
-    return _pool((images[:, 0] if images.shape[1:-2] == (1,) else images).astype(np.float32), labels)
+        raise InputError(f"{path}: images must be uint8, or float in [0, 1], and labels integers")
+    return (images[:, 0] if images.shape[1:-2] == (1,) else images).astype(np.float32), labels
+
+
+def _npz(params: SampleParams) -> Pool:
+    return _pool(*read_npz(Path(params.path)))
 
 
 def _torchvision(params: SampleParams) -> Pool:
@@ -105,13 +110,14 @@ def _celeba(params: SampleParams) -> Pool:
 
     transform = Compose([CenterCrop(178), Resize((CELEBA_SIZE, CELEBA_SIZE), antialias=True), PILToTensor()])
     try:
-        data = CelebA(
-            params.path, split="train", target_type="attr", transform=transform, download=not Path(params.path, "celeba").exists()
-        )
-    except (OSError, RuntimeError, ImportError) as error:
+        fetch = not Path(params.path, "celeba/img_align_celeba").exists()
+        data = CelebA(params.path, split="train", target_type="attr", transform=transform, download=fetch)
+    except Exception as error:  # gdown's have no class in common
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"{params.path}/celeba: no whole copy of CelebA there; place img_align_celeba/, list_attr_celeba.txt, identity_CelebA.txt, "
-            "list_bbox_celeba.txt, list_landmarks_align_celeba.txt and list_eval_partition.txt there, or `pip install gdown` to fetch them"
+            f"{params.path}/celeba: no whole copy of CelebA there ({reason}); place img_align_celeba/, list_attr_celeba.txt, "
+            "identity_CelebA.txt, list_bbox_celeba.txt, list_landmarks_align_celeba.txt and list_eval_partition.txt there, or "
+            "`pip install gdown` to fetch them"
         ) from error
     if params.attribute not in data.attr_names:
         raise InputError(f"CelebA has no attribute {params.attribute!r}; it has {', '.join(filter(None, data.attr_names))}")

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gbc.params import InputError
+
 SMALL = 2**16  # numbers from all processes together; a sum of so few takes half the time if every process gathers and adds them
 WINDOW = 2**22  # bytes that a process can show the others of its machine at a time
 LINE = 64  # bytes of a processor's cache line
@@ -35,7 +37,11 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if (number := int(os.environ["LOCAL_RANK"])) >= (count := torch.cuda.device_count()):
+            raise InputError(
+                f"process {number} of torchrun, counted from 0, has no GPU: here are {count}; start as many, or set device=cpu"
+            )
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -158,7 +164,7 @@ def gather(part: Tensor) -> Tensor:
 
 def add_up(tensors: Sequence[Tensor]) -> None:
     """Replace every tensor by its sum over the processes, in one message; not differentiable."""
-    if ranks() == 1:
+    if ranks() == 1 or not tensors:
         return
     flat = _add(torch.cat([tensor.flatten() for tensor in tensors]))
     for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):

@@ -1,5 +1,6 @@
 """How good is a generator, and what does it give away? Every score beside its controls and baselines."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,6 +189,18 @@ def class_means(train: Images) -> Images:
     return Images(torch.stack([means[label] for label in train.y.tolist()]), train.y)
 
 
+def baselines(generator: Mixture, train: Images, control: Images, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """`shared_scores` of what a generator is measured by: the training images, their class means, and itself untrained, `count` samples."""
+    rng = torch.Generator().manual_seed(seed)
+    untrained = Generator(*(getattr(generator, key) for key in Generator.architecture_keys)).initialise(rng)
+    images = {
+        "training": train,
+        "class_mean": class_means(train),
+        "untrained": Images(*untrained.sample(count, torch.Generator().manual_seed(seed))),
+    }
+    return {name: shared_scores(compare(part, train, control)) for name, part in images.items()}
+
+
 def evaluate_images(
     generated: Images, generator: Mixture, classifiers: Sequence[Classifier], data: Mapping[str, Tensor], seed: int
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
@@ -205,9 +218,6 @@ def evaluate_images(
     apart = bool(torch.isin(train.y, reference.y).all())
     if not apart:  # a source had no more images: the controls play the perfect generator, and cannot be their own controls
         reference = control
-    untrained = Generator(*(getattr(generator, key) for key in Generator.architecture_keys)).initialise(torch.Generator().manual_seed(seed))
-    untrained_images = Images(*untrained.sample(len(generated.x), torch.Generator().manual_seed(seed)))
-    baselines = {"training": train, "class_mean": class_means(train), "untrained": untrained_images}
     ours, real = compare(generated, train, control), compare(reference, train, control)
     bank = Images(*generator.bank())
     near_bank = compare(bank, train, control)
@@ -216,7 +226,7 @@ def evaluate_images(
         **{f"{key}_bank": fixed[key] for key in BANK},
         "teacher_accuracy": accuracy(classifiers, reference.x, reference.y),
         "student_accuracy": student_accuracy(generated, reference, seed),
-        "baselines": {name: shared_scores(compare(images, train, control)) for name, images in baselines.items()}
+        "baselines": baselines(generator, train, control, len(generated.x), seed)
         | {"held_out": shared_scores(real) | ({} if apart else {"train_control_auc": None, "leak_60": None})},
     }
     best = {"train": ours.train.amax(0), "control": ours.control.amax(0), "generated": ours.train.amax(1)}
@@ -276,8 +286,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], pd.DataFrame, dict[str, Tensor]]:
     """Score a generator on `count` samples from fresh noise against its classifiers' datasets, and `active` training points.
 
-    Returns metrics, the table of best SSIMs (empty for points) and pictures. Raises `InputError` if samples are not finite, or images are
-    fewer than two of each class.
+    Returns metrics, the table of best SSIMs (empty for points) and pictures. Raises `InputError` if samples are not finite, images are
+    fewer than two of each class, or one classifier's held-out images are another's training images.
     """
     generated = Images(*generator.sample(count, torch.Generator().manual_seed(seed)))
     if not generated.x.isfinite().all():
@@ -286,6 +296,10 @@ def evaluate(
     if len(generator.output_shape) == 1:
         metrics, pictures = evaluate_points(generated, generator, classifiers, samples, torch.tensor(sum(active, [])), seed)
         return metrics | shared, pd.DataFrame({"images": [], "ssim": []}), pictures
+    for one, other in itertools.permutations(samples, 2):
+        seen = {image.numpy().tobytes() for image in one["train_x"]}
+        if any(image.numpy().tobytes() in seen for role in ("control", "reference") for image in other[f"{role}_x"]):
+            raise InputError("training images of one classifier are held out for another; give them classes apart, or the same per_class")
     data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
     metrics, table, pictures = evaluate_images(generated, generator, classifiers, data, seed)
     return metrics | shared, table, pictures

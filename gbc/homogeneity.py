@@ -27,6 +27,7 @@ NOISE, SLACK = 1e-14, 1e-7  # rounding in the equations; a λ of −SLACK is as 
 LARGEST, UNBOUNDED = 30.0, 1e3  # any λ that the equations limit is below LARGEST; the box in which the bounds are sought
 HIGHS = {"primal_feasibility_tolerance": 1e-9}
 FACTOR, PROBE = 2.0**20, 1e-9  # the c of f(c²z)·f(z) = f(cz)², and to what share of their size the two agree
+NORMALISATIONS = {"batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"}  # homogeneous but for their ε, which Λ shows
 REFUSED = "the network is not quasi-homogeneous: "
 
 
@@ -69,7 +70,8 @@ class Probe(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
         used = [self.names[id(part)] for part in tensors if id(part) in self.names]
-        if len(tensors) == 1 and not used and args and args[0] is tensors[0] and args[0].is_floating_point():
+        alone = len(tensors) == 1 and not used and args and args[0] is tensors[0] and args[0].is_floating_point()
+        if alone and func.__name__ not in NORMALISATIONS:
             z = args[0].clone()
             plain, again, far, farther = (func(z * factor, *args[1:], **kwargs) for factor in (1, 1, FACTOR, FACTOR**2))
             if isinstance(plain, Tensor) and plain.is_floating_point():

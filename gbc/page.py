@@ -19,7 +19,7 @@ from gbc.params import Params
 
 ABOUT = {
     "mnist": "Handwritten digits, and a batch-normalised classifier as in the paper.",
-    "mnist_10": "The classifier of mnist trained on ten images per class instead of fifty: as many weights for a fifth of the images, it gives nearly all of them away.",
+    "mnist_10": "The classifier of mnist trained on ten images per class instead of fifty: as many weights for a fifth of the images, it gives most of them away.",
     "mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9 (Eq. 12).",
     "mnist_plain": "A homogeneous classifier of one hidden layer without batch normalisation, trained with weight decay. There are no statistics to match "
     "and no collapse to hold on to: what is given away comes from stationarity.",
@@ -50,7 +50,7 @@ CAPTIONS = {
     "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares; of several members the first.",
     "search_importance": "Random search: each parameter's share in the spread of the KKT violation that trainings ended with (fANOVA). Made by "
     "python -m stages.search, not by the pipeline.",
-    "scaling": "Size: what a generator recovers of more training images from the same classifier, and of as many from a wider or narrower one (three seeds, "
+    "scaling": "Size: what a generator recovers where there are more training images, and where the classifier is wider or narrower (three seeds, "
     "mean and standard deviation, short trainings). On the right both against the weights that there are for every pixel of the training images.",
     "ssim_distribution": "Does the generator give training images away? Best SSIM over all generated images, for every training image and for "
     "as many images of the same classes that the classifier never saw. If the curves coincide, it gives nothing away beyond the class.",
@@ -250,6 +250,13 @@ def over_seeds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {what: seed_means(part, names) for what, (part, names) in parts.items() if len(part)}
 
 
+def beside_pixels(seeds: pd.DataFrame, studies: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """`seed_means` of every generator that has a study pixels_<name>, and below each that of the pixels."""
+    found = {name.removeprefix("pixels_"): table for name, table in studies.items() if name.startswith("pixels_")}
+    parts = [(seeds.loc[seeds["variant"] == name], found[name].assign(variant=f"{name}: pixels")) for name in sorted(found, key=place)]
+    return seed_means(pd.concat(sum(parts, ())), SCORES) if parts else pd.DataFrame()
+
+
 def summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """The scores of the generators of images, as a table in Markdown."""
     scores = {name: values for name, values in metrics.items() if "baselines" in values}
@@ -299,8 +306,9 @@ def render(
             "of mnist's training images are reproduced above SSIM 0.5": f"{best['recall_50']:.0%}",
             "of images of the same classes that the classifier never saw are too": f"{best['recall_50'] - best['leak_50']:.0%}",
             "train/control AUC of mnist; 0.5 would give nothing away": f"{best['train_control_auc']:.2f}",
-            "points more of its training images than of images never seen are above SSIM 0.6": f"{100 * best['leak_60']:.0f}",
+            "percentage points more of mnist's training images than of images never seen are reproduced above SSIM 0.6": f"{100 * best['leak_60']:.0f}",
         }
+    seeds = studies.get("seeds")
     ablations = {name.removeprefix("ablation_"): table for name, table in studies.items() if name.startswith("ablation_")}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"uri": data_uri, "rows": rows, "lead": lead}
@@ -314,7 +322,8 @@ def render(
         captions=CAPTIONS,
         certificates=certify_table(certificates),
         ablations={name: seed_means(table, SCORES) for name, table in ablations.items()},
-        seeds=over_seeds(studies["seeds"]) if "seeds" in studies else {},
+        seeds={} if seeds is None else over_seeds(seeds),
+        rivals=pd.DataFrame() if seeds is None else beside_pixels(seeds, studies),
         fails=failures(metrics),
         benchmarks=benchmarks_table(benchmarks),
     )

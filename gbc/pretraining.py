@@ -127,7 +127,7 @@ def regularise(network: Classifier, x: Tensor, y: Int[Tensor, " batch"], params:
         )
         for _ in range(max(1, params.max_steps // (ROUND * STAGES))):
             if not math.isfinite(optimiser.step(objective).item()):
-                raise InputError("the loss is infinite at the start; set a smaller first_scale or rest_scale")
+                raise InputError("the loss became infinite; set a smaller first_scale or rest_scale")
             step += ROUND
             with torch.no_grad():
                 logits = network(x)

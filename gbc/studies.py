@@ -1,11 +1,11 @@
-"""Studies over several seeds: what every term of a generator's loss is worth, how size matters, and what the whole pipeline scores."""
+"""Studies over several seeds: what g and every term of its loss are worth, how size matters, and what the whole pipeline scores."""
 
 import copy
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from gbc.generator import Generator, Mixture, Pixels
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.params import InputError, Params, TrainParams, device, entry
 from gbc.pretraining import pretrain
-from gbc.training import PIXEL_RATE, Trained, train
+from gbc.training import FIT_STEPS, Trained, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all terms": {},
@@ -52,12 +52,20 @@ SCORES = [
 ]
 
 
+Study = Callable[[Params, TrainParams, set[str]], Iterator[dict[str, Any]]]  # rows of a task that are not known
+
+
 class Subject(NamedTuple):
     """A classifier that a generator is to be born from, its Λ, and the dataset that scores what is born."""
 
     data: Mapping[str, Tensor]
     classifier: Classifier
     homogeneity: Homogeneity
+
+
+def alone(task: TrainParams) -> TrainParams:
+    """One member of the task, as its loss leaves it: without polish."""
+    return dataclasses.replace(task, members=1, polish=0.0)
 
 
 def subject(params: Params, source: str) -> Subject:
@@ -69,53 +77,73 @@ def subject(params: Params, source: str) -> Subject:
     return Subject(data, classifier, estimate(classifier.train(), classifier.input_shape, params.estimate_lambda, rng))
 
 
-def born(params: Params, task: TrainParams, parent: Subject, kind: type[Generator] = Generator) -> Trained:
-    """Train a generator on a copy of the classifier."""
+def born(params: Params, task: TrainParams, parents: Sequence[Subject], kind: type[Generator] = Generator) -> Trained:
+    """Train a generator on copies of the classifiers."""
     torch.set_float32_matmul_precision(task.matmul_precision)
-    return train(params, task, [copy.deepcopy(parent.classifier)], [parent.homogeneity], device(params), kind)
+    classifiers = [copy.deepcopy(parent.classifier) for parent in parents]
+    return train(params, task, classifiers, [parent.homogeneity for parent in parents], device(params), kind)
 
 
-def scored(params: Params, trained: Trained, parent: Subject, variant: str) -> dict[str, Any]:
-    """The row of a study."""
+def pixels(params: Params, task: TrainParams, parents: Sequence[Subject]) -> list[Trained]:
+    """Free images under the same loss, as many draws of them as the task has members, in about as many seconds as these take.
+
+    Polish is of pixels already; a step of its fit, which needs no classifier, counts as one of g.
+    """
+    probe, short = dataclasses.replace(params, steps=PROBE), dataclasses.replace(task, length=1.0, polish=0.0)
+    born(probe, short, parents)  # a process's first steps are slower
+    rate = born(probe, short, parents).seconds / born(probe, short, parents, Pixels).seconds
+    steps = rate * params.training_steps(task.length)
+    if task.polish:
+        steps += rate * FIT_STEPS + params.training_steps(task.polish)
+    seeds = range(params.seed * task.members, (params.seed + 1) * task.members)  # as members have them
+    return [born(dataclasses.replace(params, steps=round(steps), seed=seed), short, parents, Pixels) for seed in seeds]
+
+
+def scored(params: Params, trained: Sequence[Trained], parents: Sequence[Subject], variant: str) -> dict[str, Any]:
+    """The row of a study: of the mixture of what was trained, and the steps of one."""
     torch.set_float32_matmul_precision("highest")
-    network = copy.deepcopy(parent.classifier).cpu()
-    metrics, _, _ = evaluate(Mixture.of([trained.generator.cpu()]), [network], [parent.data], [[]], params.evaluate.samples, params.seed)
-    last = trained.history.iloc[-1]
+    mixture = Mixture.of([one.generator.cpu() for one in trained])
+    networks = [copy.deepcopy(parent.classifier).cpu() for parent in parents]
+    data = [parent.data for parent in parents]
+    metrics, _, _ = evaluate(mixture, networks, data, [[]] * len(parents), params.evaluate.samples, params.seed)
     return (
-        {"variant": variant, "seed": params.seed, "steps": int(last["step"]) + 1, "seconds": trained.seconds}
+        {"variant": variant, "seed": params.seed, "steps": int(trained[0].history["step"].iloc[-1]) + 1}
+        | {"seconds": sum(one.seconds for one in trained)}
         | {key: metrics[key] for key in SCORES}
-        | {"kkt_residual": last["stationarity"]}
+        | {"kkt_residual": sum(one.history.groupby("classifier")["stationarity"].last().mean() for one in trained) / len(trained)}
     )
 
 
-def ablate(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
-    """A row of scores for every variant of generator `name` that is not `known`.
+def rival(params: Params, task: TrainParams, known: set[str]) -> Iterator[dict[str, Any]]:
+    """The row of `pixels` in the place of the task's generator, unless it is `known`."""
+    if PIXELS not in known:
+        parents = [subject(params, source) for source in task.classifiers]
+        yield scored(params, pixels(params, task, parents), parents, PIXELS)
 
-    Variants that would repeat another are left out. Pixels get about as many seconds as the generator with all terms.
+
+def ablate(params: Params, task: TrainParams, known: set[str]) -> Iterator[dict[str, Any]]:
+    """A row of scores for every variant of the task that is not `known`, `pixels` among them.
+
+    Variants that would repeat another are left out.
     """
-    task = params.train_single[name]
     variants = {variant: dataclasses.replace(task, **changes) for variant, changes in VARIANTS.items()}
     tasks = list(variants.values())
     variants = {variant: changed for k, (variant, changed) in enumerate(variants.items()) if changed not in tasks[:k]}
     if variants.keys() | {PIXELS} <= known:
         return
-    parent = subject(params, task.classifiers[0])
+    parents = [subject(params, source) for source in task.classifiers]
     for variant, changed in variants.items():
         if variant not in known:
-            yield scored(params, born(params, changed, parent), parent, variant)
+            yield scored(params, [born(params, changed, parents)], parents, variant)
     if PIXELS not in known:
-        quick = dataclasses.replace(params, generator=dataclasses.replace(params.generator, learning_rate=PIXEL_RATE))
-        probe, short = dataclasses.replace(quick, steps=PROBE), dataclasses.replace(task, length=1.0)
-        steps = params.steps * born(probe, short, parent).seconds / born(probe, short, parent, Pixels).seconds
-        yield scored(params, born(dataclasses.replace(quick, steps=round(steps)), task, parent, Pixels), parent, PIXELS)
+        yield scored(params, pixels(params, task, parents), parents, PIXELS)
 
 
-def scale(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
-    """A row of scores for every size that is not `known`: images per class N / classes, or the classifier's hidden widths.
+def scale(params: Params, task: TrainParams, known: set[str]) -> Iterator[dict[str, Any]]:
+    """A row of scores for every size that is not `known`: images per class N / classes, or the one classifier's hidden widths.
 
     Batch and anchors keep pace with the images. Each row adds the number of images N, and p/(dN), weights per pixel of them.
     """
-    task = params.train_single[name]
     source = task.classifiers[0]
     drawn, net = params.sample[source], params.pretrain[source]
     for images, factor in SIZES:
@@ -130,23 +158,22 @@ def scale(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]
         )
         parent = subject(sized, source)
         total = images * len(drawn.classes)
-        trained = born(sized, dataclasses.replace(task, anchors=images, batch=total), parent)
+        trained = born(sized, dataclasses.replace(task, anchors=images, batch=total), [parent])
         weights = sum(part.numel() for part in parent.classifier.parameters())
         size = {"images": total, "weights_per_pixel": weights / (total * math.prod(parent.classifier.input_shape)), "width": factor}
-        yield scored(sized, trained, parent, variant) | size
+        yield scored(sized, [trained], [parent], variant) | size
 
 
-def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[str, Any]]], params: Params, name: str) -> None:
-    """Add the rows of a study of generator `name` to a table, over `SEEDS` seeds from `params.seed` on; those that are there are kept.
+def collect(path: Path, study: Study, params: Params, task: TrainParams) -> None:
+    """Add the rows of a study of a task to a table, over `SEEDS` seeds from `params.seed` on; those that are there are kept.
 
     The parameters stand beside the table, in <path>.json. Raises `InputError` if the task makes points, or the table has other parameters.
     """
-    # For every row one generator, as its loss leaves it.
-    task = dataclasses.replace(entry(params.train_single, name), members=1, polish=0.0)
-    source = task.classifiers[0]
-    if params.sample[source].source == "circle":
-        raise InputError(f"{name} makes points; a study scores images")
-    parts = {"generator": params.generator, "sample": params.sample[source], "pretrain": params.pretrain[source], "train_single": task}
+    parts: dict[str, Any] = {"generator": params.generator, "train": task}
+    for source in task.classifiers:
+        if entry(params.sample, source).source == "circle":
+            raise InputError(f"classifier {source} takes points; a study scores images")
+        parts |= {f"sample.{source}": params.sample[source], f"pretrain.{source}": entry(params.pretrain, source)}
     setting = {"beta": params.beta, "steps": params.steps, "samples": params.evaluate.samples}
     setting |= {f"{part}.{key}": value for part, values in parts.items() for key, value in dataclasses.asdict(values).items()}
     rows = load_table(path).to_dict("records") if path.is_file() else []
@@ -155,9 +182,8 @@ def collect(path: Path, study: Callable[[Params, str, set[str]], Iterator[dict[s
         key = changed[0]
         raise InputError(f"{path} was made with {key}={made.get(key)}, not {setting[key]}; keep to it, or delete the table")
     save_json(path.with_suffix(".json"), setting)
-    params = dataclasses.replace(params, train_single=params.train_single | {name: task})
     for seed in range(params.seed, params.seed + SEEDS):
-        for row in study(dataclasses.replace(params, seed=seed), name, {row["variant"] for row in rows if row["seed"] == seed}):
+        for row in study(dataclasses.replace(params, seed=seed), task, {row["variant"] for row in rows if row["seed"] == seed}):
             rows.append(row)
             save_table(path, pd.DataFrame(rows))
 

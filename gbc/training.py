@@ -128,7 +128,7 @@ class Optimisers:
         self.decays = [torch.optim.lr_scheduler.LambdaLR(one, lambda done: cosine(done, count)) for one in self.optimisers]
 
     def step(self, loss: Tensor) -> None:
-        """One step down `loss`, the whole of which every process has."""
+        """One step down `loss`, the whole of which every process has, or the mean of its own samples."""
         for parameter in self.trained:
             parameter.grad = None
         loss.backward(inputs=self.trained)
@@ -256,7 +256,7 @@ def train(
             live.draw(descent.rows, shot(now, params.seed))
 
     began = time.perf_counter()
-    descent.run(g, count, shared.learning_rate, look)
+    descent.run(g, count, PIXEL_RATE if kind is Pixels else shared.learning_rate, look)
     if task.polish:
         descent.polish(g, params.training_steps(task.polish), look)
     seconds = time.perf_counter() - began

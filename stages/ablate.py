@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from gbc.params import Params, run_stage
+from gbc.params import Params, entry, run_stage
 
 
 def main(params: Params, name: str) -> None:
     """Datasets, classifiers and generators, all made anew → data/studies/ablation_<name>.csv; rows that are there are not made again."""
-    from gbc.studies import ablate, collect
+    from gbc.studies import ablate, alone, collect
 
-    collect(Path(f"data/studies/ablation_{name}.csv"), ablate, params, name)
+    collect(Path(f"data/studies/ablation_{name}.csv"), ablate, params, alone(entry(params.train, name)))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from gbc.params import Params, run_stage
+from gbc.params import Params, entry, run_stage
 
 
 def main(params: Params, name: str) -> None:
     """Datasets, classifiers and generators, all made anew → data/studies/scaling_<name>.csv; rows that are there are not made again."""
-    from gbc.studies import collect, scale
+    from gbc.studies import alone, collect, scale
 
-    collect(Path(f"data/studies/scaling_{name}.csv"), scale, params, name)
+    collect(Path(f"data/studies/scaling_{name}.csv"), scale, params, alone(entry(params.train_single, name)))
 
 
 if __name__ == "__main__":

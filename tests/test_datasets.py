@@ -110,8 +110,25 @@ def test_celeba_is_cropped_resized_and_labelled_by_its_attribute(tmp_path, monke
 
 def test_celeba_without_data_says_what_to_put_where(tmp_path):
     (tmp_path / "celeba").mkdir()
-    with pytest.raises(InputError, match="place img_align_celeba/, list_attr_celeba.txt"):
+    with pytest.raises(InputError, match=r"no whole copy of CelebA there \(.+\); place img_align_celeba/, list_attr_celeba.txt"):
         drawn("celeba", [0, 1], 2, str(tmp_path), "Male")
+
+
+def test_a_fetch_of_celeba_that_failed_is_said_and_tried_again(tmp_path, monkeypatch):
+    class TooMany(Exception):
+        pass
+
+    def download(data):
+        tries.append(data)
+        (tmp_path / "celeba").mkdir(exist_ok=True)  # as the real one does at once
+        raise TooMany("quota\n  exceeded")
+
+    tries = []
+    monkeypatch.setattr("torchvision.datasets.CelebA.download", download)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"\(quota exceeded\)"):
+            drawn("celeba", [0, 1], 2, str(tmp_path), "Male")
+    assert len(tries) == 2
 
 
 def test_an_image_folder_has_one_class_per_sub_folder(tmp_path):
@@ -160,7 +177,12 @@ def test_npz_is_read_and_its_labels_must_match(tmp_path):
     (tmp_path / "text.npz").write_text("no")
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:100])
     np.save(tmp_path / "array.npy", images)
-    for name in ("text.npz", "cut.npz", "array.npy"):
+    np.savez_compressed(tmp_path / "flipped.npz", images=images, labels=labels)
+    content = bytearray((tmp_path / "flipped.npz").read_bytes())
+    content[100] ^= 255
+    content[101] ^= 255
+    (tmp_path / "flipped.npz").write_bytes(content)
+    for name in ("text.npz", "cut.npz", "flipped.npz", "array.npy"):
         with pytest.raises(InputError, match="not an npz file"):
             drawn("npz", [0, 1], 2, str(tmp_path / name))
     for classes in ([], [0], [0, 1, 1]):

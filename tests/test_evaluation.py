@@ -135,6 +135,17 @@ def test_a_diverged_generator_and_too_few_samples_are_refused():
         evaluation(generator)
 
 
+def test_images_that_are_held_out_for_one_classifier_and_trained_on_by_another_are_refused():
+    generator = Generator(((0, 1), (0, 1)), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
+    parts = {"train": TRAIN, "control": CONTROL, "reference": REFERENCE}
+    one = {f"{role}_{part}": getattr(value, part) for role, value in parts.items() for part in "xy"}
+    other = one | {"train_x": torch.cat([TRAIN.x[1:], REFERENCE.x[:1]])}
+    classifiers = [Classifier("batchnorm", (13, 13), (8, 8), (0, 1)) for _ in range(2)]
+    evaluate(Mixture.of([generator]), classifiers, [one, one], [[True] * 20] * 2, 40, 0)
+    with pytest.raises(InputError, match="training images of one classifier are held out for another"):
+        evaluate(Mixture.of([generator]), classifiers, [one, other], [[True] * 20] * 2, 40, 0)
+
+
 def test_evaluation_has_every_key_of_the_contract():
     generator = Generator(((0, 1),), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
     metrics, table, pictures = evaluation(generator)

@@ -85,13 +85,12 @@ def test_a_generator_survives_its_files_and_a_mismatch_is_one_line(tmp_path: Pat
     g = generator()
     save_network(tmp_path, g)
     assert torch.equal(load_network(tmp_path, Generator).sample(5, rng())[0], g.sample(5, rng())[0])
-    save_json(
-        tmp_path / "architecture.json",
-        {"known": [[0]], "output_shape": [9, 7], "noise": 3, "anchors": 4, "spread": 1, "width": 8, "channels": 8},
-    )
-    with pytest.raises(InputError, match="does not fit architecture.json") as error:
-        load_network(tmp_path, Generator)
-    assert "\n" not in str(error.value)
+    other = {"known": [[0]], "output_shape": [9, 7], "noise": 3, "anchors": 4, "spread": 1, "width": 8, "channels": 8}
+    for change in ({}, {"anchors": 0}, {"output_shape": []}, {"noise": "many"}):
+        save_json(tmp_path / "architecture.json", other | change)
+        with pytest.raises(InputError, match="does not fit architecture.json") as error:
+            load_network(tmp_path, Generator)
+        assert "\n" not in str(error.value)
 
 
 def test_the_bank_is_every_anchor_of_every_label_without_noise():

@@ -178,6 +178,17 @@ def test_dropout_in_eval_mode_and_leaky_relu_are_accepted():
     assert list(estimate(net, (4,), INPUTS, rng()).lam.values()) == pytest.approx([0.5, 0.5], abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    "normalisation",
+    [nn.BatchNorm2d(4, affine=False, track_running_stats=False), nn.InstanceNorm2d(4), nn.GroupNorm(2, 4, affine=False)]
+    + [nn.LayerNorm([4, 6, 6], elementwise_affine=False), nn.RMSNorm([4, 6, 6], elementwise_affine=False)],
+    ids=lambda module: type(module).__name__,
+)
+def test_normalisations_without_a_scale_of_their_own_are_accepted(normalisation: nn.Module):
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1, bias=False), normalisation, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3, bias=False))
+    assert list(estimate(net, (2, 6, 6), INPUTS, rng()).lam.values()) == pytest.approx([0, 1], abs=1e-9)
+
+
 def test_batch_normalisation_in_eval_mode_is_an_affine_map():
     net = nn.Sequential(nn.Linear(4, 9, bias=False), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3, bias=False))
     net(torch.randn(30, 4, generator=rng()))  # running means away from 0, so that the first weight's scale is fixed

@@ -89,6 +89,16 @@ def test_seeds_are_shown_apart_for_images_and_points():
     assert list(report.over_seeds(pd.DataFrame(rows).head(1))) == ["images"]
 
 
+def test_pixels_stand_below_the_generator_that_they_replace():
+    seeds = pd.DataFrame({"variant": ["toy", "mnist", "faces", "mnist"], "seed": [0, 0, 0, 1], "leak_60": [None, 0.3, 0.2, 0.4]})
+    drawn = {"pixels_faces": [0.1], "pixels_mnist": [0.2, 0.4]}
+    studies = {name: pd.DataFrame({"variant": "pixels instead of g", "leak_60": values}) for name, values in drawn.items()}
+    shown = report.beside_pixels(seeds, studies | {"ablation_mnist": seeds})
+    assert list(shown.index) == ["mnist", "mnist: pixels", "faces", "faces: pixels"]
+    assert list(shown["leak 0.6"]) == pytest.approx([0.35, 0.3, 0.2, 0.1])
+    assert report.beside_pixels(seeds, {}).empty
+
+
 def test_what_fails_is_said_in_numbers():
     mean = {"class_mean": {"train_control_auc": 0.6, "leak_60": 0.03}}
     images = {

@@ -11,10 +11,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
-from gbc.params import InputError, Params, load_params
-from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, ablate, collect, scale
+from gbc.generator import Pixels
+from gbc.params import InputError, Params, TrainParams, load_params
+from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, ablate, alone, collect, pixels, rival, scale, subject
 from tests.tiny import ROOT, clone, run
 
 TINY = [
@@ -38,65 +40,90 @@ def tiny(*overrides: str) -> Params:
     return load_params([*TINY, *overrides])
 
 
+def faces(*overrides: str) -> tuple[Params, TrainParams]:
+    params = tiny(*overrides)
+    return params, params.train["faces"]
+
+
 def test_every_term_is_switched_off_once_and_what_is_known_is_not_made_again():
     known = {"statistics off", "collapse off", "learned multipliers", "smooth gate off", "total variation off", "duality off"}
-    rows = {row["variant"]: row for row in ablate(tiny("seed=1"), "faces", known)}
+    rows = {row["variant"]: row for row in ablate(*faces("seed=1"), known)}
     assert set(rows) == {*VARIANTS, PIXELS} - known
     assert all(row["seed"] == 1 for row in rows.values())
     assert {row["steps"] for variant, row in rows.items() if variant != PIXELS} == {4}
     assert rows["all terms"]["kkt_residual"] != rows["stationarity off"]["kkt_residual"]
-    assert list(ablate(tiny("seed=1"), "faces", {*VARIANTS, PIXELS})) == []
+    assert list(ablate(*faces("seed=1"), {*VARIANTS, PIXELS})) == []
 
 
 def test_a_variant_that_repeats_another_is_left_out():
     off = ["train_single.faces.statistics=0", "train_single.faces.collapse=0", "train_single.faces.multiplier=relu"]
     known = {"all terms", "duality off", "total variation off", "smooth gate off", PIXELS}
-    assert [row["variant"] for row in ablate(tiny(*off), "faces", known)] == ["stationarity off"]
+    assert [row["variant"] for row in ablate(*faces(*off), known)] == ["stationarity off"]
+
+
+def test_pixels_are_as_many_draws_as_there_are_members_and_polish_counts_as_theirs():
+    params, task = faces("+train_single.faces.members=2", "train_single.faces.polish=1", "seed=1")
+    parents = [subject(params, "faces")]
+    first, second = pixels(params, task, parents)
+    assert isinstance(first.generator, Pixels)
+    one, other = (draw.generator.bank()[0] for draw in (first, second))
+    assert one.shape == other.shape == (2 * 4, 25, 25)
+    assert not torch.equal(one, other)
+    assert first.history["step"].iloc[-1] == second.history["step"].iloc[-1]
+    assert list(rival(params, task, {PIXELS})) == []
+    (row,) = rival(params, alone(task), set())
+    assert (row["variant"], row["seed"]) == (PIXELS, 1)
+    assert row["steps"] < first.history["step"].iloc[-1]
 
 
 def test_sizes_change_the_dataset_the_batch_and_the_classifier():
     known = {f"{images} per class, width × {factor:g}" for images, factor in SIZES[1:-1]}
-    small, wide = scale(tiny(), "faces", known)
+    small, wide = scale(*faces(), known)
     assert (small["images"], small["width"], wide["images"], wide["width"]) == (20, 1.0, 40, 2.0)
     assert small["weights_per_pixel"] == (625 * 12 + 12 * 8 + 8 * 2 + 3 * (12 + 8) - 12 - 8) / (20 * 625)
 
 
 def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path):
     path, made = tmp_path / "study.csv", []
-    polished = tiny("+train_single.faces.members=2", "train_single.faces.polish=1")
+    polished = faces("+train_single.faces.members=2", "train_single.faces.polish=1")
 
-    def study(params: Params, name: str, known: set[str]) -> Iterator[dict[str, Any]]:
+    def study(params: Params, task: TrainParams, known: set[str]) -> Iterator[dict[str, Any]]:
         for variant in sorted({"a", "b"} - known):
             if len(made) == 3:
                 made.append(None)
                 raise KeyboardInterrupt
-            task = params.train_single[name]
-            assert (task.members, task.polish) == (1, 0)
+            assert (task.members, task.polish) == (2, 1)
             made.append((params.seed, variant))
             yield {"variant": variant, "seed": params.seed}
 
     with pytest.raises(KeyboardInterrupt):
-        collect(path, study, polished, "faces")
-    with pytest.raises(InputError, match="made with train_single.gate=50.0, not 0.0; keep to it"):
-        collect(path, study, tiny("train_single.faces.gate=0"), "faces")
-    collect(path, study, polished, "faces")
+        collect(path, study, *polished)
+    with pytest.raises(InputError, match="made with train.gate=50.0, not 0.0; keep to it"):
+        collect(path, study, *faces("train_single.faces.gate=0"))
+    collect(path, study, *polished)
     assert made == [(0, "a"), (0, "b"), (1, "a"), None, (1, "b"), (2, "a"), (2, "b")]
     assert len(pd.read_csv(path)) == 2 * SEEDS
 
 
 def test_the_makefiles_studies_are_those_in_the_report(tmp_path):
-    commands = re.findall(r"-m stages\.(ablate|scale) (\w+) (.*)", (ROOT / "Makefile").read_text().replace("\\\n", " "))
-    assert {(kind, name) for kind, name, _ in commands} == {("ablate", "mnist_10"), ("ablate", "mnist_plain"), ("scale", "mnist_10")}
+    commands = re.findall(r"-m stages\.(ablate|pixels|scale) (\w+) ?(.*)", (ROOT / "Makefile").read_text())
+    stems = {"ablate": "ablation", "pixels": "pixels", "scale": "scaling"}
+    assert sorted(path.stem for path in (ROOT / "data/studies").glob("*.json")) == sorted(
+        f"{stems[kind]}_{name}" for kind, name, _ in commands
+    )
     for kind, name, overrides in commands:
-        stem = f"{'ablation' if kind == 'ablate' else 'scaling'}_{name}"
+        stem = f"{stems[kind]}_{name}"
         for ending in (".csv", ".json"):
             shutil.copy(ROOT / f"data/studies/{stem}{ending}", tmp_path)
-        collect(tmp_path / f"{stem}.csv", lambda *_: iter(()), load_params(shlex.split(overrides), ROOT / "params.yaml"), name)
+        params = load_params(shlex.split(overrides), ROOT / "params.yaml")
+        task = params.train[name] if kind == "pixels" else alone(params.train[name])
+        collect(tmp_path / f"{stem}.csv", lambda *_: iter(()), params, task)
 
 
 def test_points_are_refused(tmp_path):
-    with pytest.raises(InputError, match="toy_1 makes points"):
-        collect(tmp_path / "study.csv", ablate, load_params([]), "toy_1")
+    params = load_params([])
+    with pytest.raises(InputError, match="classifier toy_1 takes points; a study scores images"):
+        collect(tmp_path / "study.csv", ablate, params, params.train["toy_1"])
 
 
 @pytest.mark.slow

@@ -14,13 +14,13 @@ import torch
 from gbc.classifier import Classifier
 from gbc.closed_form import step_of
 from gbc.datasets import sample
-from gbc.generator import Generator, Pixels
+from gbc.generator import Generator, Multipliers, Pixels
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
 from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
 from gbc.pretraining import pretrain
 from gbc.progress import Live
-from gbc.training import draw_codes, loss_terms, total_variation, train
+from gbc.training import FINAL_RATE, Descent, cosine, draw_codes, initial_alpha, loss_terms, total_variation, train
 from tests import ranks
 
 SHARED = dataclasses.replace(ranks.SHARED, width=64, learning_rate=6e-3, alpha_learning_rate=1e-2)
@@ -138,6 +138,50 @@ def test_the_floor_lifts_the_runner_ups_multiplier_only():
     step = step_of(network, homogeneity, 50.0)
     floored = loss_terms(step, x, y, torch.zeros(18, 3), torch.tensor(0.0), 18, 0.1, floor=0.5, collapse=False)["stationarity"]
     assert floored.item() == pytest.approx(explicit.item(), abs=1e-6)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_and_rewards_a_larger_margin():
+    rng = torch.Generator().manual_seed(0)
+    network = Classifier("batchnorm", (12, 12), (16, 16), (0, 1))
+    homogeneity = estimate(network, (12, 12), LambdaParams(8, 16), rng)
+    weights = {"stationarity": 2.0, "duality": 0.5, "total_variation": 7.0, "statistics": 11.0, "collapse": 13.0}
+    settings = task("net", margin_reward=0.25, **weights)
+    params = dataclasses.replace(load_params([]), beta=3.0, generator=SHARED)
+    g = Generator(((0, 1),), (12, 12), SHARED.noise, 8, SHARED.spread, 16, 8).initialise(rng)
+    h = Multipliers(((0, 1),), (12, 12), 16, "relu").initialise(rng)
+    step, alpha = step_of(network, homogeneity, 50.0), torch.tensor([0.7], requires_grad=True)
+    descent = Descent(params, settings, [step], h, alpha, rng)
+    loss, (row,) = descent.loss(g, fade=0.5, logged=True), descent.rows
+    factors = {"duality": 3.0, "total_variation": 0.5}  # β, and how far it has faded
+    expected = sum(weight * factors.get(name, 1.0) * row[name] for name, weight in weights.items())
+    assert loss.item() == pytest.approx(expected + 3 * 0.25 * 0.7, rel=1e-5)
+    assert all(row[name] > 0.01 for name in weights)
+    free = Descent(params, dataclasses.replace(settings, duality=0.0), [step], h, alpha, rng)
+    (slope,) = torch.autograd.grad(free.loss(g, fade=0.5, logged=False), alpha)
+    assert slope.item() == pytest.approx(3 * 0.25)
+
+
+def test_alpha_starts_at_the_size_of_the_margins_and_rates_fall_along_a_cosine():
+    network, homogeneity, _ = toy("all")
+    g = Generator((network.labels,), (2,), SHARED.noise, 8, 0.0, 16, 8).initialise(torch.Generator().manual_seed(0))
+    alpha = initial_alpha(g, step_of(network, homogeneity, 50.0), task("toy"), 0, torch.Generator().manual_seed(0))
+    y = torch.arange(3).repeat_interleave(8)
+    x = g(g.centres.flatten(0, 1), y, torch.zeros_like(y))
+    assert torch.exp(-alpha).item() == pytest.approx(smallest_margin(network(x), y).abs().mean().item(), rel=1e-5)
+    assert [cosine(done, 10) for done in (0, 5, 10)] == pytest.approx([1, (1 + FINAL_RATE) / 2, FINAL_RATE])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: the CUDA path was never run on real hardware")
+def test_a_generator_is_born_on_cuda():
+    network = Classifier("batchnorm", (12, 12), (16, 16), (0, 1))
+    homogeneity = estimate(network, (12, 12), LambdaParams(8, 16), torch.Generator().manual_seed(0))
+    settings = task("net", matrix_learning_rate=0.02, polish=1.0, total_variation=1.0, collapse=1.0)
+    params = dataclasses.replace(load_params([]), steps=3, generator=SHARED)
+    generator, history, _, _ = train(params, settings, [network], [homogeneity], torch.device("cuda"))
+    assert np.isfinite(history["stationarity"]).all()
+    on_cuda = generator.sample(20, torch.Generator().manual_seed(0))[0].cpu()
+    on_cpu = generator.cpu().sample(20, torch.Generator().manual_seed(0))[0]
+    torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-3, atol=1e-3)
 
 
 def test_a_generator_is_born_nearer_to_the_training_points_than_it_started():
