@@ -47,8 +47,10 @@ ablation: $(VENV)/installed
 
 # Images optimised directly in the place of every generator of images, in as many seconds, three seeds, for the report's table: two hours and a half.
 pixels: $(VENV)/installed
+	python -m stages.pixels mnist
 	python -m stages.pixels mnist_10
 	python -m stages.pixels mnist_pair
+	python -m stages.pixels mnist_plain
 	python -m stages.pixels faces
 
 # The whole pipeline with two other seeds, for the table of means: two to three hours. Starts from a clean commit; the same command goes on. Stages that did not change

@@ -24,7 +24,7 @@ ABOUT = {
     "mnist_plain": "A homogeneous classifier of one hidden layer without batch normalisation, trained with weight decay. There are no statistics to match "
     "and no collapse to hold on to: what is given away comes from stationarity.",
     "mnist_letter": "The paper's loss (Eqs. 5 to 7 and total variation) without an added term, from the classifier of mnist, in 750 steps (what "
-    "it keeps of ours is in docs/beyond.md). What comes out are not digits: the extensions are what the other results rest on.",
+    "it keeps of ours is in docs/beyond.md). What comes out are not digits: the extensions are what the other results rest on, batch statistics and larger batches first (reports/experiments.md).",
     "faces": "Faces and patches without a face, 25×25; non-faces first.",
     "toy": "Eighteen points on a circle, in three classes.",
     "toy_pair": "One generator from the classifiers of both halves of the toy (Eq. 12).",
