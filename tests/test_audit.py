@@ -1,7 +1,6 @@
 """An audit with images that the generator makes, and with others."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from PIL import Image
 
 from gbc.artifacts import save_network
-from gbc.audit import SHOWN, audit
+from gbc.audit import SHOWN, audit, main
 from gbc.generator import Generator, Mixture
 from gbc.params import InputError
 
@@ -73,14 +72,16 @@ def test_what_does_not_fit_the_generator_is_refused(files: tuple[Path, Path, Pat
             audit(tmp_path / f"small{k}", train, control, 10, 0)
 
 
-def test_the_command_prints_the_scores_and_writes_a_picture_and_a_table(files: tuple[Path, Path, Path], tmp_path: Path):
-    command = [sys.executable, "-m", "gbc.audit", str(files[0]), "--train", str(files[1]), "--control", str(files[2]), "--count"]
-    done = subprocess.run([*command, "400", "--out", "audit"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^generated .* 0\.750$", done.stdout, re.MULTILINE)
+def test_the_command_prints_the_scores_and_writes_a_picture_and_a_table(
+    files: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    command = ["audit", str(files[0]), "--train", str(files[1]), "--control", str(files[2]), "--out", str(tmp_path / "audit"), "--count"]
+    monkeypatch.setattr(sys, "argv", [*command, "400"])
+    main()
+    assert re.search(r"^generated .* 0\.750$", capsys.readouterr().out, re.MULTILINE)
     assert len(pd.read_csv(tmp_path / "audit/ssim.csv")) == 32
     with Image.open(tmp_path / "audit/found.png") as picture:
         assert picture.size[0] > 100
-    done = subprocess.run([*command, "0"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: count=0 must be 1 at least")
+    monkeypatch.setattr(sys, "argv", [*command, "0"])
+    with pytest.raises(SystemExit, match="error: count=0 must be 1 at least"):
+        main()
