@@ -55,6 +55,11 @@ def test_every_term_is_switched_off_once_and_what_is_known_is_not_made_again():
     assert list(ablate(*faces("seed=1"), {*VARIANTS, PIXELS})) == []
 
 
+def test_a_task_alone_has_one_member_and_no_polish():
+    _, task = faces("+train_single.faces.members=2", "train_single.faces.polish=1", "train_single.faces.gate=7")
+    assert (alone(task).members, alone(task).polish, alone(task).gate) == (1, 0, 7)
+
+
 def test_a_variant_that_repeats_another_is_left_out():
     off = ["train_single.faces.statistics=0", "train_single.faces.collapse=0", "train_single.faces.multiplier=relu"]
     known = {"all terms", "duality off", "total variation off", "smooth gate off", PIXELS}
@@ -107,6 +112,9 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path)
 
 def test_the_makefiles_studies_are_those_in_the_report(tmp_path):
     commands = re.findall(r"-m stages\.(ablate|pixels|scale) (\w+) ?(.*)", (ROOT / "Makefile").read_text())
+    found = {kind: sorted(name for own, name, _ in commands if own == kind) for kind in ("ablate", "pixels", "scale")}
+    images = ["faces", "mnist", "mnist_10", "mnist_pair", "mnist_plain"]
+    assert found == {"ablate": ["mnist_10", "mnist_plain"], "pixels": images, "scale": ["mnist_10"]}
     stems = {"ablate": "ablation", "pixels": "pixels", "scale": "scaling"}
     assert sorted(path.stem for path in (ROOT / "data/studies").glob("*.json")) == sorted(
         f"{stems[kind]}_{name}" for kind, name, _ in commands
