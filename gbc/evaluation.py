@@ -183,6 +183,11 @@ def score_agreement(agreed: Bool[Tensor, " n"], bank: Similarities) -> dict[str,
     return scores
 
 
+def final_residual(history: pd.DataFrame) -> float:
+    """Stationarity at the end of training, mean over members and classifiers."""
+    return float(history.groupby(["member", "classifier"])["stationarity"].last().mean())
+
+
 def class_means(train: Images) -> Images:
     """Every training image replaced by the mean of its class: what precision alone is won by."""
     means = {label: train.x[train.y == label].mean(0) for label in train.y.unique().tolist()}

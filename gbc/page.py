@@ -250,9 +250,14 @@ def over_seeds(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {what: seed_means(part, names) for what, (part, names) in parts.items() if len(part)}
 
 
+def of_kind(studies: Mapping[str, pd.DataFrame], kind: str) -> dict[str, pd.DataFrame]:
+    """The studies <kind>_<name>, by name."""
+    return {name.removeprefix(f"{kind}_"): table for name, table in studies.items() if name.startswith(f"{kind}_")}
+
+
 def beside_pixels(seeds: pd.DataFrame, studies: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """`seed_means` of every generator that has a study pixels_<name>, and below each that of the pixels."""
-    found = {name.removeprefix("pixels_"): table for name, table in studies.items() if name.startswith("pixels_")}
+    found = of_kind(studies, "pixels")
     parts = [(seeds.loc[seeds["variant"] == name], found[name].assign(variant=f"{name}: pixels")) for name in sorted(found, key=place)]
     return seed_means(pd.concat(sum(parts, ())), SCORES) if parts else pd.DataFrame()
 
@@ -309,7 +314,6 @@ def render(
             "percentage points more of mnist's training images than of images never seen are reproduced above SSIM 0.6": f"{100 * best['leak_60']:.0f}",
         }
     seeds = studies.get("seeds")
-    ablations = {name.removeprefix("ablation_"): table for name, table in studies.items() if name.startswith("ablation_")}
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"uri": data_uri, "rows": rows, "lead": lead}
     return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
@@ -321,7 +325,7 @@ def render(
         figures=figures,
         captions=CAPTIONS,
         certificates=certify_table(certificates),
-        ablations={name: seed_means(table, SCORES) for name, table in ablations.items()},
+        ablations={name: seed_means(table, SCORES) for name, table in of_kind(studies, "ablation").items()},
         seeds={} if seeds is None else over_seeds(seeds),
         rivals=pd.DataFrame() if seeds is None else beside_pixels(seeds, studies),
         fails=failures(metrics),

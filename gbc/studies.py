@@ -17,7 +17,7 @@ from torch import Tensor
 from gbc.artifacts import load_json, load_table, save_json, save_table
 from gbc.classifier import Classifier
 from gbc.datasets import sample
-from gbc.evaluation import evaluate
+from gbc.evaluation import evaluate, final_residual
 from gbc.generator import Generator, Mixture, Pixels
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.params import InputError, Params, TrainParams, device, entry
@@ -110,7 +110,7 @@ def scored(params: Params, trained: Sequence[Trained], parents: Sequence[Subject
         {"variant": variant, "seed": params.seed, "steps": int(trained[0].history["step"].iloc[-1]) + 1}
         | {"seconds": sum(one.seconds for one in trained)}
         | {key: metrics[key] for key in SCORES}
-        | {"kkt_residual": sum(one.history.groupby("classifier")["stationarity"].last().mean() for one in trained) / len(trained)}
+        | {"kkt_residual": final_residual(pd.concat([one.history.assign(member=k) for k, one in enumerate(trained)]))}
     )
 
 

@@ -9,7 +9,7 @@ def main(params: Params, name: str) -> None:
     """data/generators/<name>/ and data/{samples,classifiers,oracles}/ of its classifiers → data/evaluations/<name>/."""
     from gbc.artifacts import load_json, load_network, load_table, load_tensors, save_json, save_table, save_tensors
     from gbc.classifier import Classifier
-    from gbc.evaluation import evaluate
+    from gbc.evaluation import evaluate, final_residual
     from gbc.generator import Mixture
 
     names = entry(params.train, name).classifiers
@@ -23,7 +23,7 @@ def main(params: Params, name: str) -> None:
         params.seed,
     )
     history = load_table(Path(f"data/histories/{name}/history.csv"))
-    metrics["kkt_residual"] = history.groupby(["member", "classifier"])["stationarity"].last().mean()
+    metrics["kkt_residual"] = final_residual(history)
     metrics["oracle_residual"] = sum(oracle["everywhere"]["residual"] for oracle in oracles) / len(oracles)
     folder = Path(f"data/evaluations/{name}")
     save_json(folder / "metrics.json", metrics)
