@@ -185,7 +185,7 @@ def score_agreement(agreed: Bool[Tensor, " n"], bank: Similarities) -> dict[str,
 
 def final_residual(history: pd.DataFrame) -> float:
     """Stationarity at the end of training, mean over members and classifiers."""
-    return float(history.groupby(["member", "classifier"])["stationarity"].last().mean())
+    return history.groupby(["member", "classifier"])["stationarity"].last().to_numpy().mean().item()
 
 
 def class_means(train: Images) -> Images:
