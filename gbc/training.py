@@ -27,7 +27,7 @@ from gbc.step import Step
 HISTORY_ROWS = 200  # of the loss curve, about
 SHOTS, SHOWN = 8, 20  # of the film: its pictures after the first, ever further apart, and the samples in each
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
-PIXEL_RATE = 0.05  # of Adam for free images, before the sigmoid
+PIXEL_RATE = 0.2  # of Adam for free images, before the sigmoid
 FIT_STEPS = 300  # of g to images that were polished; more and it takes their noise too
 
 
