@@ -43,7 +43,7 @@ benchmarks: $(VENV)/installed
 # Terms of the loss off in turn, three seeds, for the report's table: an hour and a half. Rows that are there are not made again: delete the files first.
 ablation: $(VENV)/installed
 	python -m stages.ablate mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' train_single.mnist_10.length=2.0 steps=500 evaluate.samples=1000
-	python -m stages.ablate mnist_plain steps=480 evaluate.samples=1000
+	python -m stages.ablate mnist_plain train_single.mnist_plain.length=1.5 steps=480 evaluate.samples=1000
 
 # Images optimised directly in the place of every generator of images, in as many seconds, three seeds, for the report's table: two hours and a half.
 pixels: $(VENV)/installed
@@ -62,7 +62,7 @@ seeds: $(VENV)/installed
 
 # Ten to a hundred images per class, and a quarter to twice the classifier's width, three seeds, for the report's figure: an hour and a half.
 scaling: $(VENV)/installed
-	python -m stages.scale mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' steps=300 evaluate.samples=1000
+	python -m stages.scale mnist_10 'pretrain.mnist_10.hidden=[1000,2000]' train_single.mnist_10.length=2.4 steps=300 evaluate.samples=1000
 
 # The round trip through real S3, SSH and WebDAV servers, started by the tests.
 test-remotes: $(VENV)/installed

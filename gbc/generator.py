@@ -14,6 +14,7 @@ from gbc.distributed import BatchNorm1d, BatchNorm2d
 from gbc.params import InputError
 
 SILENT = 0.1  # of an even share; an anchor that has less is hardly ever drawn
+BEND = 6  # half-periods along an image, beyond which a wave of `Waves` counts less than half
 LEAST = 1e-9  # added to every anchor's multipliers: where all have died, anchors are drawn evenly
 
 
@@ -35,6 +36,12 @@ def kaiming(network: nn.Module, rng: torch.Generator) -> None:
 def to_uint8(images: Tensor) -> Tensor:
     """Pixels in [0, 1] as 0 … 255."""
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def cosines(side: int) -> Float[Tensor, "side side"]:
+    """Cosine waves of 0, 1, … half-periods over so many pixels, a row each; the rows are orthonormal (the DCT-II)."""
+    wave = torch.cos(math.pi / side * torch.outer(torch.arange(side), torch.arange(side) + 0.5))
+    return wave / wave.norm(dim=1, keepdim=True)
 
 
 class ChannelsLast(nn.Module):
@@ -248,25 +255,55 @@ class Pixels(Generator):
         count = len(self.labels) * self.anchors
         return self._set(torch.randn(len(self.known) * count, *self.output_shape, generator=rng))
 
-    @classmethod
-    def of(cls, g: Generator) -> "Pixels":
-        """The samples of `g` at its anchors, without noise."""
-        x = g.anchored().flatten(0, 2)
-        return cls(**{key: getattr(g, key) for key in g.architecture_keys})._set(x.clamp(0.005, 0.995).logit()).to(x.device)
-
     def _set(self, raw: Tensor) -> "Pixels":
         self.layers, self.raw = nn.Sequential(), nn.Parameter(raw)
         count = len(self.labels) * self.anchors
         self.centres = torch.arange(count, dtype=raw.dtype).reshape(len(self.labels), self.anchors, 1)  # the number of every image
         return self
 
+    def logits(self) -> Tensor:
+        """Every image before the sigmoid."""
+        return self.raw
+
     def forward(self, epsilon: Float[Tensor, "batch 1"], y: Int[Tensor, " batch"], t: Int[Tensor, " batch"]) -> Tensor:
         """The images of these numbers."""
-        return self.raw.sigmoid()[t * self.centres.numel() + epsilon[:, 0].long()]
+        return self.logits().sigmoid()[t * self.centres.numel() + epsilon[:, 0].long()]
 
     def perturb(self, anchor: Int[Tensor, " batch"], y: Int[Tensor, " batch"], rng: torch.Generator) -> Float[Tensor, "batch 1"]:
         """The number of every image: there is no noise."""
         return self.centres[torch.searchsorted(self.labels, y), anchor]
+
+
+class Waves(Pixels):
+    """Free images as sums of cosine waves; the finer a wave, the less its parameter counts.
+
+    Adam, which moves all parameters alike, then draws the coarse before the fine, and little noise (compare Olah et al. 2017, "Feature
+    visualization", on preconditioning). A wave of k half-periods down and l across counts in proportion to 1 / (1 + (k² + l²) / `BEND`²);
+    on average, of squares, all count as much as a pixel of `Pixels`.
+    """
+
+    down: Tensor
+    across: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, g: Generator) -> "Waves":
+        """The samples of `g` at its anchors, without noise."""
+        x = g.anchored().flatten(0, 2)
+        return cls(**{key: getattr(g, key) for key in g.architecture_keys})._set(x.clamp(0.005, 0.995).logit()).to(x.device)
+
+    def _set(self, raw: Tensor) -> "Waves":
+        height, width = raw.shape[-2:]
+        weights = 1 / (1 + (torch.arange(height)[:, None] ** 2 + torch.arange(width) ** 2) / BEND**2)
+        parts = {"down": cosines(height), "across": cosines(width), "weights": weights / weights.square().mean().sqrt()}
+        for name, part in parts.items():
+            self.register_buffer(name, part.to(raw.device), persistent=False)
+        super()._set(self.down @ raw @ self.across.T / self.weights)
+        return self
+
+    def logits(self) -> Tensor:
+        """The sums of the waves."""
+        return self.down.T @ (self.raw * self.weights) @ self.across
 
 
 class Multipliers(nn.Module):

@@ -16,7 +16,7 @@ from gbc.artifacts import load_network, save_json, save_network, save_table, sav
 from gbc.classifier import Classifier
 from gbc.closed_form import step_of
 from gbc.distributed import average_gradients, loss_totals, mean, processes, rank, ranks, share
-from gbc.generator import Generator, Mixture, Multipliers, Pixels, to_uint8
+from gbc.generator import Generator, Mixture, Multipliers, Pixels, Waves, to_uint8
 from gbc.homogeneity import Homogeneity, load_homogeneity
 from gbc.kkt import duality, smallest_margin
 from gbc.muon import Muon
@@ -27,8 +27,8 @@ from gbc.step import Step
 HISTORY_ROWS = 200  # of the loss curve, about
 SHOTS, SHOWN = 8, 20  # of the film: its pictures after the first, ever further apart, and the samples in each
 FINAL_RATE = 0.02  # of the learning rate, at the end of its cosine
-PIXEL_RATE = 0.2  # of Adam for free images, before the sigmoid
-FIT_STEPS = 300  # of g to images that were polished; more and it takes their noise too
+PIXEL_RATE = 0.2  # of Adam for free images, before the sigmoid: for pixels, and on average for waves
+FIT_STEPS = 600  # of g to images that were polished; many more and it takes their noise too
 
 
 def total_variation(x: Float[Tensor, "batch *shape"]) -> Float[Tensor, ""]:
@@ -201,12 +201,12 @@ class Descent:
         look(g)
 
     def polish(self, g: Generator, count: int, look: Callable[[Generator], None]) -> None:
-        """Free the samples of `g` at its anchors, descend on their pixels for `count` steps, and fit g to where they went.
+        """Free the samples of `g` at its anchors, descend on their waves for `count` steps, and fit g to where they went.
 
         The images that g makes are bound to one another by its weights; free ones come nearer to the equations. And g, fitted for a short
         while, takes from them the noise that they bring, as an untrained network does (Ulyanov et al. 2018).
         """
-        images = Pixels.of(g)
+        images = Waves.of(g)
         self.run(images, count, PIXEL_RATE, look)
         g.train()
         optimisers = Optimisers([(g, self.params.generator.learning_rate)], self.task.matrix_learning_rate, FIT_STEPS)
@@ -247,7 +247,8 @@ def train(
     steps = [step_of(c.to(device), homogeneity, task.gate or None) for c, homogeneity in zip(classifiers, homogeneities, strict=True)]
     alpha = torch.stack([initial_alpha(g, step, task, t, rng) for t, step in enumerate(steps)]).requires_grad_()
     descent = Descent(params, task, steps, h, alpha, rng)
-    shots, film = {count * k * k // SHOTS**2 for k in range(SHOTS)}, {}
+    polish = params.training_steps(task.polish) if task.polish else 0
+    shots, film = {(count + polish) * k * k // SHOTS**2 for k in range(SHOTS)}, {}
 
     def look(now: Generator) -> None:
         if descent.done in shots:
@@ -257,8 +258,8 @@ def train(
 
     began = time.perf_counter()
     descent.run(g, count, PIXEL_RATE if kind is Pixels else shared.learning_rate, look)
-    if task.polish:
-        descent.polish(g, params.training_steps(task.polish), look)
+    if polish:
+        descent.polish(g, polish, look)
     seconds = time.perf_counter() - began
     film[descent.done] = shot(g, params.seed)
     g.weigh(h)  # after the film, whose codes are always the same

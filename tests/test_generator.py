@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 import torch
+from torch.nn import functional as F
 
 from gbc.artifacts import load_network, save_json, save_network
-from gbc.generator import Generator, Mixture, Multipliers, Pixels
+from gbc.generator import BEND, Generator, Mixture, Multipliers, Pixels, Waves
 from gbc.params import InputError
 
 
@@ -185,12 +188,33 @@ def test_pixels_are_free_images_of_every_anchor():
         assert any(torch.equal(image, images[3 * label + anchor]) for anchor in range(3))
 
 
-def test_pixels_of_a_generator_are_its_samples_at_the_anchors_for_every_classifier():
+def test_waves_of_a_generator_are_its_samples_at_the_anchors_for_every_classifier():
     g = Generator(((0, 1), (1, 2)), (9, 7), 5, 3, 0.1, 8, 8).initialise(rng())
-    pixels = Pixels.of(g)
+    waves = Waves.of(g)
     for t, labels in enumerate(g.known):
         y, anchor = torch.cartesian_prod(torch.tensor(labels), torch.arange(3)).T.contiguous()
         index = torch.full_like(y, t)
         expected = g.eval()(g.centres[torch.searchsorted(g.labels, y), anchor], y, index)
-        torch.testing.assert_close(pixels(pixels.perturb(anchor, y, rng()), y, index), expected, atol=1e-5, rtol=0)
-    torch.testing.assert_close(pixels.bank()[0], g.bank()[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(waves(waves.perturb(anchor, y, rng()), y, index), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(waves.bank()[0], g.bank()[0], atol=1e-5, rtol=0)
+
+
+def test_parameters_of_waves_are_the_cosine_transform_divided_by_what_they_count():
+    g = Generator(((0, 1),), (3, 9, 7), 5, 3, 0.1, 8, 8).initialise(rng())
+    waves = Waves.of(g)
+    down, across = np.mgrid[:9, :7]
+    weights = 1 / (1 + (down**2 + across**2) / BEND**2)
+    weights /= np.sqrt((weights**2).mean())
+    transform = scipy.fft.dctn(g.anchored().flatten(0, 2).clamp(0.005, 0.995).logit().double().numpy(), axes=(-2, -1), norm="ortho")
+    np.testing.assert_allclose(waves.raw.detach().numpy(), transform / weights, atol=1e-4)
+
+
+def test_a_step_of_all_parameters_alike_is_coarse_in_waves_and_as_large_as_that_of_pixels():
+    waves = Waves.of(Generator(((0, 1),), (28, 28), 5, 3, 0.1, 8, 8).initialise(rng()))
+    before = waves.logits()
+    with torch.no_grad():
+        waves.raw.add_(torch.randn(waves.raw.shape, generator=rng()).sign())
+    step = waves.logits() - before
+    assert step.square().mean().item() == pytest.approx(1, abs=0.1)
+    coarse = F.avg_pool2d(step, 4)  # of white noise a sixteenth of the power would be left
+    assert coarse.square().mean() > 0.5 * step.square().mean()

@@ -14,7 +14,7 @@ import torch
 from gbc.classifier import Classifier
 from gbc.closed_form import step_of
 from gbc.datasets import sample
-from gbc.generator import Generator, Multipliers, Pixels
+from gbc.generator import Generator, Multipliers, Waves
 from gbc.homogeneity import Homogeneity, estimate
 from gbc.kkt import margin_gradient, smallest_margin, stationarity, target
 from gbc.params import InputError, LambdaParams, PretrainParams, SampleParams, TrainParams, load_params
@@ -251,7 +251,7 @@ def test_polished_images_meet_the_equations_better_and_the_generator_makes_them(
     network, _, _ = pretrain(settings, sample(SampleParams("faces", [0, 1], 6), 0), 0, torch.device("cpu"))
     homogeneity = estimate(network, network.input_shape, LambdaParams(8, 16), torch.Generator().manual_seed(0))
     changes = {"polish": 1.0, "total_variation": 1.0, "matrix_learning_rate": 0.02}
-    with calls(Pixels) as free:
+    with calls(Waves) as free:
         generator, history, film, _ = run([network], [homogeneity], task("faces", **changes), steps=100)
     assert history["step"].tolist() == [*range(201)]  # every one, the images' from 100 on, and the fitted generator's at the end
     before, images = history["stationarity"][[99, 199]]
