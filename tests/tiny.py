@@ -47,7 +47,7 @@ def shrink(path: Path) -> None:
         task |= {"hidden": [12, 8], "max_steps": 20, "settle_steps": 5}
     for task in (params["train_single"] | params["train_multi"]).values():
         task |= {"anchors": 4, "batch": 12}
-    params["train_single"]["faces"]["members"] = 2
+    params["train_single"]["faces"] |= {"members": 2, "length": 2.0, "polish": 1.0}
     params["steps"] = 6
     params["generator"] |= {"noise": 4, "width": 16, "channels": 8}
     params["evaluate"]["samples"] = 40
