@@ -47,7 +47,7 @@ CAPTIONS = {
     "loss_curves": "Training: stationarity is the relative residual of Eq. 5 over all parameters; the dotted line is what the true training "
     "images reach with the best multipliers and a sharper gate, so that a generator can end a little below it; a line for every member. Duality is in units of the margin asked for. Where images were polished they are free after "
     "the kink, g's before it, and the last point is g's again, fitted to them.",
-    "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares; of several members the first.",
+    "film": "Digits and faces emerge from noise: the same codes after more and more steps of training (one row each), every class in equal shares; of several members the first. Most rows of polished generators are free images, the last is of g fitted to them.",
     "search_importance": "Random search: each parameter's share in the spread of the KKT violation that trainings ended with (fANOVA). Made by "
     "python -m stages.search, not by the pipeline.",
     "scaling": "Size: what a generator recovers where there are more training images, and where the classifier is wider or narrower (three seeds, "
