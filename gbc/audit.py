@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gbc.params import InputError
+from gbc.sample import check_draw
 
 if TYPE_CHECKING:  # imported where they are used: `--help` answers at once
     import pandas as pd
@@ -24,8 +25,10 @@ def audit(
     """Scores of `count` samples of the generator in folder `artifact` and of its baselines; every image's best SSIM; and pictures.
 
     The pictures, bytes, are the training images that are reproduced best, and the nearest sample of each. Raises `InputError` if a file is
-    missing or not what it should be, its images are not of the generator's shape, or one has a label that the generator does not know.
+    missing or not what it should be, its images are not of the generator's shape, one has a label that the generator does not know, or
+    `count` or `seed` is out of range.
     """
+    check_draw(count, seed)
     import pandas as pd
     import torch
 
@@ -71,8 +74,6 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     try:
-        if arguments.count < 1 or not 0 <= arguments.seed < 2**63:
-            raise InputError(f"count={arguments.count} must be 1 at least, and seed={arguments.seed} in [0, 2^63)")
         scores, table, pictures = audit(arguments.artifact, arguments.train, arguments.control, arguments.count, arguments.seed)
         from gbc.page import beside
 

@@ -256,10 +256,12 @@ def of_kind(studies: Mapping[str, pd.DataFrame], kind: str) -> dict[str, pd.Data
 
 
 def beside_pixels(seeds: pd.DataFrame, studies: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """`seed_means` of every generator that has a study pixels_<name>, and below each that of the pixels."""
-    found = of_kind(studies, "pixels")
-    parts = [(seeds.loc[seeds["variant"] == name], found[name].assign(variant=f"{name}: pixels")) for name in sorted(found, key=place)]
-    return seed_means(pd.concat(sum(parts, ())), SCORES) if parts else pd.DataFrame()
+    """`seed_means` of every generator that has a study pixels_<name>, and below each that of the pixels, of the same seeds."""
+    parts = []
+    for name, pixels in sorted(of_kind(studies, "pixels").items(), key=lambda item: place(item[0])):
+        same = (seeds["variant"] == name) & seeds["seed"].isin(pixels["seed"])
+        parts += [seeds.loc[same], pixels.assign(variant=f"{name}: pixels")]
+    return seed_means(pd.concat(parts), SCORES) if parts else pd.DataFrame()
 
 
 def summary(metrics: Mapping[str, Mapping[str, Any]]) -> str:

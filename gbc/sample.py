@@ -14,6 +14,14 @@ if TYPE_CHECKING:  # imported where they are used: `--help` answers at once
     from gbc.generator import Mixture
 
 
+def check_draw(count: int, seed: int) -> None:
+    """Raises `InputError` if so many samples cannot be drawn, or not with this seed."""
+    if count < 1:
+        raise InputError(f"count={count} is less than 1")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed={seed} is not in [0, 2^63)")
+
+
 def agreed_images(mixture: "Mixture", label: int | None = None) -> "Tensor":
     """Images [n, *output_shape] at the first member's anchors that another agrees on, of `label` or all, those of the largest SSIM first.
 
@@ -39,10 +47,7 @@ def grid(artifact: Path, count: int, seed: int, label: int | None = None, agreed
     Raises `InputError` if there is no generator, it makes no images, the label is unknown, `count` or `seed` is out of range, or, with
     `agreed`, it has one member, or they agree on nothing.
     """
-    if count < 1:
-        raise InputError(f"count={count} is less than 1")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"seed={seed} is not in [0, 2^63)")
+    check_draw(count, seed)
     import torch
     from torchvision.utils import make_grid
 

@@ -164,17 +164,18 @@ def scale(params: Params, task: TrainParams, known: set[str]) -> Iterator[dict[s
         yield scored(sized, [trained], [parent], variant) | size
 
 
-def collect(path: Path, study: Study, params: Params, task: TrainParams) -> None:
+def collect(path: Path, study: Study, params: Params, task: TrainParams, constants: Mapping[str, Any]) -> None:
     """Add the rows of a study of a task to a table, over `SEEDS` seeds from `params.seed` on; those that are there are kept.
 
-    The parameters stand beside the table, in <path>.json. Raises `InputError` if the task makes points, or the table has other parameters.
+    The parameters stand beside the table, in <path>.json, with the `constants` of the code that its rows depend on. Raises `InputError` if
+    the task makes points, or the table has others.
     """
     parts: dict[str, Any] = {"generator": params.generator, "train": task}
     for source in task.classifiers:
         if entry(params.sample, source).source == "circle":
             raise InputError(f"classifier {source} takes points; a study scores images")
         parts |= {f"sample.{source}": params.sample[source], f"pretrain.{source}": entry(params.pretrain, source)}
-    setting = {"beta": params.beta, "steps": params.steps, "samples": params.evaluate.samples}
+    setting = {"beta": params.beta, "steps": params.steps, "samples": params.evaluate.samples, **constants}
     setting |= {f"{part}.{key}": value for part, values in parts.items() for key, value in dataclasses.asdict(values).items()}
     rows = load_table(path).to_dict("records") if path.is_file() else []
     made = load_json(path.with_suffix(".json")) if rows else setting

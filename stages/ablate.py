@@ -8,8 +8,10 @@ from gbc.params import Params, entry, run_stage
 def main(params: Params, name: str) -> None:
     """Datasets, classifiers and generators, all made anew → data/studies/ablation_<name>.csv; rows that are there are not made again."""
     from gbc.studies import ablate, alone, collect
+    from gbc.training import PIXEL_RATE
 
-    collect(Path(f"data/studies/ablation_{name}.csv"), ablate, params, alone(entry(params.train, name)))
+    path = Path(f"data/studies/ablation_{name}.csv")
+    collect(path, ablate, params, alone(entry(params.train, name)), {"pixel_rate": PIXEL_RATE})
 
 
 if __name__ == "__main__":

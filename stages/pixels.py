@@ -11,8 +11,10 @@ def main(params: Params, name: str) -> None:
     As many draws as the generator has members, in about as many seconds. Rows that are there are not made again.
     """
     from gbc.studies import collect, rival
+    from gbc.training import FIT_STEPS, PIXEL_RATE
 
-    collect(Path(f"data/studies/pixels_{name}.csv"), rival, params, entry(params.train, name))
+    constants = {"pixel_rate": PIXEL_RATE, "fit_steps": FIT_STEPS}
+    collect(Path(f"data/studies/pixels_{name}.csv"), rival, params, entry(params.train, name), constants)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ def main(params: Params, name: str) -> None:
     """Datasets, classifiers and generators, all made anew → data/studies/scaling_<name>.csv; rows that are there are not made again."""
     from gbc.studies import alone, collect, scale
 
-    collect(Path(f"data/studies/scaling_{name}.csv"), scale, params, alone(entry(params.train_single, name)))
+    collect(Path(f"data/studies/scaling_{name}.csv"), scale, params, alone(entry(params.train_single, name)), {})
 
 
 if __name__ == "__main__":

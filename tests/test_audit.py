@@ -83,5 +83,5 @@ def test_the_command_prints_the_scores_and_writes_a_picture_and_a_table(
     with Image.open(tmp_path / "audit/found.png") as picture:
         assert picture.size[0] > 100
     monkeypatch.setattr(sys, "argv", [*command, "0"])
-    with pytest.raises(SystemExit, match="error: count=0 must be 1 at least"):
+    with pytest.raises(SystemExit, match="error: count=0 is less than 1"):
         main()

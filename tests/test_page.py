@@ -91,11 +91,11 @@ def test_seeds_are_shown_apart_for_images_and_points():
 
 def test_pixels_stand_below_the_generator_that_they_replace():
     seeds = pd.DataFrame({"variant": ["toy", "mnist", "faces", "mnist"], "seed": [0, 0, 0, 1], "leak_60": [None, 0.3, 0.2, 0.4]})
-    drawn = {"pixels_faces": [0.1], "pixels_mnist": [0.2, 0.4]}
-    studies = {name: pd.DataFrame({"variant": "pixels instead of g", "leak_60": values}) for name, values in drawn.items()}
+    drawn = {"pixels_faces": {0: 0.1}, "pixels_mnist": {1: 0.2, 2: 0.4}}
+    studies = {name: pd.DataFrame({"variant": "pixels instead of g", "seed": list(d), "leak_60": d.values()}) for name, d in drawn.items()}
     shown = report.beside_pixels(seeds, studies | {"ablation_mnist": seeds})
     assert list(shown.index) == ["mnist", "mnist: pixels", "faces", "faces: pixels"]
-    assert list(shown["leak 0.6"]) == pytest.approx([0.35, 0.3, 0.2, 0.1])
+    assert list(shown["leak 0.6"]) == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert report.beside_pixels(seeds, {}).empty
 
 

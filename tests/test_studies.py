@@ -17,6 +17,7 @@ import yaml
 from gbc.generator import Pixels
 from gbc.params import InputError, Params, TrainParams, load_params
 from gbc.studies import PIXELS, SEEDS, SIZES, VARIANTS, ablate, alone, collect, pixels, rival, scale, subject
+from gbc.training import FIT_STEPS, PIXEL_RATE
 from tests.tiny import ROOT, clone, run
 
 TINY = [
@@ -102,10 +103,12 @@ def test_a_study_goes_on_where_it_was_stopped_with_the_same_parameters(tmp_path)
             yield {"variant": variant, "seed": params.seed}
 
     with pytest.raises(KeyboardInterrupt):
-        collect(path, study, *polished)
+        collect(path, study, *polished, {"pixel_rate": 0.2})
     with pytest.raises(InputError, match="made with train.gate=50.0, not 0.0; keep to it"):
-        collect(path, study, *faces("train_single.faces.gate=0"))
-    collect(path, study, *polished)
+        collect(path, study, *faces("train_single.faces.gate=0"), {"pixel_rate": 0.2})
+    with pytest.raises(InputError, match="made with pixel_rate=0.2, not 0.1; keep to it"):
+        collect(path, study, *polished, {"pixel_rate": 0.1})
+    collect(path, study, *polished, {"pixel_rate": 0.2})
     assert made == [(0, "a"), (0, "b"), (1, "a"), None, (1, "b"), (2, "a"), (2, "b")]
     assert len(pd.read_csv(path)) == 2 * SEEDS
 
@@ -125,13 +128,15 @@ def test_the_makefiles_studies_are_those_in_the_report(tmp_path):
             shutil.copy(ROOT / f"data/studies/{stem}{ending}", tmp_path)
         params = load_params(shlex.split(overrides), ROOT / "params.yaml")
         task = params.train[name] if kind == "pixels" else alone(params.train[name])
-        collect(tmp_path / f"{stem}.csv", lambda *_: iter(()), params, task)
+        pixel = {"pixel_rate": PIXEL_RATE}
+        constants = {"ablate": pixel, "pixels": pixel | {"fit_steps": FIT_STEPS}, "scale": {}}[kind]
+        collect(tmp_path / f"{stem}.csv", lambda *_: iter(()), params, task, constants)
 
 
 def test_points_are_refused(tmp_path):
     params = load_params([])
     with pytest.raises(InputError, match="classifier toy_1 takes points; a study scores images"):
-        collect(tmp_path / "study.csv", ablate, params, params.train["toy_1"])
+        collect(tmp_path / "study.csv", ablate, params, params.train["toy_1"], {})
 
 
 @pytest.mark.slow
