@@ -156,14 +156,15 @@ def report(trial: Trial, history: Path, start: int) -> float:
 
 def objective(trial: Trial, params: Params, name: str, seed: int, commit: str, folder: Path) -> float:
     """The violation that a training in the clone `folder` ends with; raises `TrialPruned` if it lags behind, half way or later."""
-    (stage, _), (index, values), task = place(params, name), propose(trial, search_space(params, name), seed), params.train[name]
+    (stage, _), (index, values) = place(params, name), propose(trial, search_space(params, name), seed)
     experiment = f"search-{trial.study.study_name}-{index:04}"
     trial.set_user_attr("experiment", experiment)
     trial.set_user_attr("commit", commit)
     trial.set_user_attr("host", socket.gethostname())
     settings = [part for key, value in values.items() for part in ("-S", f"{key}={value}")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    log, half = folder / ".dvc/tmp/search.log", params.training_steps(task.length + task.polish) // 2
+    task, log = params.train[name], folder / ".dvc/tmp/search.log"
+    half = params.training_steps(task.length + task.polish) // 2
     try:
         with log.open("wb") as output:
             training = subprocess.Popen(
