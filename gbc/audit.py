@@ -25,8 +25,8 @@ def audit(
     """Scores of `count` samples of the generator in folder `artifact` and of its baselines; every image's best SSIM; and pictures.
 
     The pictures, bytes, are the training images that are reproduced best, and the nearest sample of each. Raises `InputError` if a file is
-    missing or not what it should be, its images are not of the generator's shape, one has a label that the generator does not know, or
-    `count` or `seed` is out of range.
+    missing or not what it should be, its images are not of the generator's shape, one has a label that the generator does not know, one
+    is in both, `count` or `seed` is out of range, or the generator's training diverged.
     """
     check_draw(count, seed)
     import pandas as pd
@@ -34,7 +34,7 @@ def audit(
 
     from gbc.artifacts import load_network
     from gbc.datasets import SMALLEST, read_npz
-    from gbc.evaluation import Images, baselines, compare, shared_scores
+    from gbc.evaluation import Images, baselines, compare, overlap, shared_scores
     from gbc.generator import Mixture, to_uint8
 
     generator = load_network(artifact, Mixture)
@@ -50,6 +50,8 @@ def audit(
             raise InputError(f"{path}: label {strange[0]} is unknown to {artifact}; it knows {', '.join(map(str, known))}")
         parts.append(Images(torch.from_numpy(x), torch.from_numpy(y).long()))
     train, control = parts
+    if overlap(train.x, control.x):
+        raise InputError(f"{control_file}: some of its images are in {train_file} too; controls are images that the classifier never saw")
     generated = Images(*generator.sample(count, torch.Generator().manual_seed(seed)))
     ours = compare(generated, train, control)
     scores = {"generated": shared_scores(ours)} | baselines(generator, train, control, count, seed)

@@ -87,8 +87,8 @@ def _torchvision(params: SampleParams) -> Pool:
 
     try:
         data = MNIST(params.path, train=True, download=True)
-    except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # torchvision raises half a dozen for files that are not whole
+        reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{params.path}: no MNIST there and none could be fetched ({reason}); place its files in {params.path}/MNIST/raw"
         ) from error
@@ -119,8 +119,8 @@ def _celeba(params: SampleParams) -> Pool:
             "identity_CelebA.txt, list_bbox_celeba.txt, list_landmarks_align_celeba.txt and list_eval_partition.txt there, or "
             "`pip install gdown` to fetch them"
         ) from error
-    if params.attribute not in data.attr_names:
-        raise InputError(f"CelebA has no attribute {params.attribute!r}; it has {', '.join(filter(None, data.attr_names))}")
+    if params.attribute not in (known := [name for name in data.attr_names if name]):  # the header ends in a space
+        raise InputError(f"CelebA has no attribute {params.attribute!r}; it has {', '.join(known)}")
     return Pool(data.attr[:, data.attr_names.index(params.attribute)].numpy(), _reader(data, params.path))
 
 

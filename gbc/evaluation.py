@@ -50,6 +50,11 @@ def compare(images: Images, train: Images, control: Images) -> Similarities:
     return Similarities(*ssim(images.x, torch.cat([train.x, control.x])).split([len(train.x), len(control.x)], dim=1))
 
 
+def overlap(one: Float[Tensor, "n *shape"], other: Float[Tensor, "m *shape"]) -> bool:
+    """Whether some image is in both, bit for bit."""
+    return not {image.numpy().tobytes() for image in one}.isdisjoint(image.numpy().tobytes() for image in other)
+
+
 def auc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> float:
     """P(positive > negative) for one of each drawn at random, ties counted half."""
     difference = positive[:, None] - negative[None]
@@ -259,6 +264,8 @@ def evaluate_points(
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Toy metrics, and what the toy's figures show: training points, the classifiers' landscapes, samples free and by classifier."""
+    if len(generated.x) < len(classifiers):
+        raise InputError(f"evaluate.samples={len(generated.x)} is too few: {len(classifiers)} would be one of each classifier")
     train_x, train_y = (torch.cat([part[role] for part in samples]) for role in ("train_x", "train_y"))
     ticks = torch.linspace(-EXTENT, EXTENT, GRID)
     plane = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), -1).reshape(-1, 2)
@@ -292,18 +299,15 @@ def evaluate(
     """Score a generator on `count` samples from fresh noise against its classifiers' datasets, and `active` training points.
 
     Returns metrics, the table of best SSIMs (empty for points) and pictures. Raises `InputError` if samples are not finite, images are
-    fewer than two of each class, or one classifier's held-out images are another's training images.
+    fewer than two of each class, points fewer than the classifiers, or one classifier's held-out images are another's training images.
     """
     generated = Images(*generator.sample(count, torch.Generator().manual_seed(seed)))
-    if not generated.x.isfinite().all():
-        raise InputError("the generator makes values that are not numbers: its training diverged; set a smaller learning rate")
     shared = {"accuracy_on_generated": accuracy(classifiers, generated.x, generated.y)}
     if len(generator.output_shape) == 1:
         metrics, pictures = evaluate_points(generated, generator, classifiers, samples, torch.tensor(sum(active, [])), seed)
         return metrics | shared, pd.DataFrame({"images": [], "ssim": []}), pictures
     for one, other in itertools.permutations(samples, 2):
-        seen = {image.numpy().tobytes() for image in one["train_x"]}
-        if any(image.numpy().tobytes() in seen for role in ("control", "reference") for image in other[f"{role}_x"]):
+        if any(overlap(one["train_x"], other[f"{role}_x"]) for role in ("control", "reference")):
             raise InputError("training images of one classifier are held out for another; give them classes apart, or the same per_class")
     data = {role: torch.cat([part[role] for part in samples]) for role in samples[0]}
     metrics, table, pictures = evaluate_images(generated, generator, classifiers, data, seed)

@@ -190,7 +190,7 @@ def draw(
     y, index = (part.to(first.centres.device) for part in (y, index))
     x = torch.empty(count, *first.output_shape, dtype=first.centres.dtype, device=first.centres.device)
     for k, member in enumerate(members):
-        turn = torch.arange(k, count, len(members))
+        turn = torch.arange(count)[k :: len(members)]
         shares = member.shares[index[turn], torch.searchsorted(first.labels, y[turn])]
         anchor = torch.multinomial(shares.cpu(), 1, generator=rng)[:, 0].to(shares.device)
         x[turn] = member.eval()(member.perturb(anchor, y[turn], rng), y[turn], index[turn])
@@ -234,8 +234,11 @@ class Mixture(Network):
     def sample(
         self, count: int, rng: torch.Generator, t: int | None = None, label: int | None = None
     ) -> tuple[Tensor, Int[Tensor, " count"]]:
-        """`Generator.sample`, one of each member in turn."""
-        return draw(self.parts, count, rng, t, label)
+        """`Generator.sample`, one of each member in turn; raises `InputError` if what they make are no numbers."""
+        x, y = draw(self.parts, count, rng, t, label)
+        if not x.isfinite().all():
+            raise InputError("the generator makes values that are not numbers: its training diverged; set a smaller learning rate")
+        return x, y
 
     def bank(self) -> tuple[Tensor, Int[Tensor, " bank"]]:
         """`Generator.bank`, one sample of each member in turn."""

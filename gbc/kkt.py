@@ -1,7 +1,8 @@
 """The KKT conditions that gradient descent leaves in a classifier: stationarity, duality and the oracle.
 
 A margin is m_ic = Φ_{y_i}(x_i) − Φ_c(x_i). Stationarity asks for multipliers μ_ic ≥ 0 with Λ̄ζ = Σ_i Σ_c μ_ic ∇_ζ m_ic;
-duality for min_c m_ic = e^{−α} wherever μ_ic > 0.
+duality for min_c m_ic = e^{−α} wherever μ_ic > 0. (The paper's Eqs. 2a, 3a and 4 are printed with the sign reversed; min ½‖ζ‖² with
+margins of 1 at least gives this one, Eq. 5's.)
 """
 
 import math
@@ -34,6 +35,8 @@ def smallest_margin(logits: Float[Tensor, "batch classes"], y: Int[Tensor, " bat
 
 def target(network: nn.Module, homogeneity: Homogeneity) -> dict[str, Tensor]:
     """Λ̄ζ up to its unidentified scalar factor, by parameter name in the network's order: ζ on Z₁, zero on Z₂.
+
+    On Z₁ every λ is λ_max, so that Λ̄ is λ_max e^{α(2λ_max − 1)} there: one number.
 
     Raises `InputError` if Λ is that of a network with other parameters.
     """

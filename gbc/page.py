@@ -23,7 +23,7 @@ ABOUT = {
     "mnist_pair": "One generator from two classifiers, one that knows the digits 0 to 4 and one that knows 5 to 9 (Eq. 12).",
     "mnist_plain": "A homogeneous classifier of one hidden layer without batch normalisation, trained with weight decay. There are no statistics to match "
     "and no collapse to hold on to: what is given away comes from stationarity.",
-    "mnist_letter": "The paper's loss (Eqs. 5 to 7 and total variation) without an added term, from the classifier of mnist, in 750 steps (what "
+    "mnist_letter": "The paper's loss (Eqs. 5 to 7 and total variation) without an added term, from the classifier of mnist, in a short training (what "
     "it keeps of ours is in docs/beyond.md). What comes out are not digits: the extensions are what the other results rest on, batch statistics and larger batches first (reports/experiments.md).",
     "faces": "Faces and patches without a face, 25×25; non-faces first.",
     "toy": "Eighteen points on a circle, in three classes.",

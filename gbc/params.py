@@ -200,7 +200,7 @@ def load_params(overrides: list[str], path: Path = Path("params.yaml")) -> Param
         with initialize_config_dir(str(path.parent.resolve()), version_base="1.3"):
             config = OmegaConf.to_container(compose(path.stem, overrides=overrides), resolve=True)
         params = _fill(Params, config, "", {})
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} with {' '.join(overrides) or 'no overrides'}: {' '.join(str(error).split())}") from error
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -254,5 +254,5 @@ def run_stage(main: Callable[..., None]) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
         torch.set_deterministic_debug_mode("error")  # imports less than use_deterministic_algorithms, in a third of the time
         main(params, *names)
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -143,11 +143,11 @@ def certify(
     which the maximum-margin theorem is stated), and trained networks put samples there; σ(KINK·z) is the one that a descent on
     softplus chose.
     """
-    network = copy.deepcopy(network).set_gate(None).freeze()
+    network = copy.deepcopy(network).set_gate(KINK).freeze()
     goal = target(network, homogeneity)
     if not everywhere:
         goal = {name: goal[name] for name in homogeneity.z1}
-    return [oracle(network.set_gate(KINK), goal, x, y, ITERATIONS) for x, y in sets]
+    return [oracle(network, goal, x, y, ITERATIONS) for x, y in sets]
 
 
 def residuals(found: Sequence[Oracle]) -> dict[str, Any]:

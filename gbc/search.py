@@ -91,7 +91,7 @@ def open_study(name: str, storage: str) -> optuna.Study:
 
 
 def run(*command: str, cwd: Path | None = None, failure: str = "") -> str:
-    """What a command prints; raises `InputError` with `failure`, or the last line of its errors, if it fails."""
+    """What a command prints; raises `InputError` with `failure`, or the command and its errors, if it fails."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         raise InputError(failure or f"{' '.join(command)}: {' '.join(done.stderr.split())}")

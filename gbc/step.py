@@ -56,8 +56,9 @@ class Step(ABC):
             variance = variance * count / (count - 1)
             assert module.running_mean is not None
             assert module.running_var is not None
-            shift = (average - module.running_mean).square() / module.running_var
-            stretch = ((variance / module.running_var).clamp_min(1e-8).sqrt() - 1).square()
+            known = module.running_var.clamp_min(module.eps)  # an input that is constant has none
+            shift = (average - module.running_mean).square() / known
+            stretch = ((variance / known).clamp_min(1e-8).sqrt() - (module.running_var / known).sqrt()).square()
             mismatch = mismatch + shift.mean() + stretch.mean()
         return mismatch
 

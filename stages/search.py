@@ -31,7 +31,7 @@ def main() -> None:
             return apply(study)
         search(params, given.name, given.trials, study, given.seed)
         print(f"best: {best(study).user_attrs['experiment']}, KKT violation {best(study).value:.4g}; --apply applies it")
-    except (InputError, KeyboardInterrupt) as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         sys.exit(f"error: {str(error) or 'interrupted; the same command goes on'}")
 
 

@@ -35,7 +35,7 @@ def files(tmp_path: Path) -> tuple[Path, Path, Path]:
     x, y = (part.numpy().copy() for part in g.bank())
     noise = np.random.default_rng(0).random(x.shape, dtype=np.float32)
     x[::4] = noise[::4]
-    return tmp_path / "g", write(tmp_path / "train.npz", x, y), write(tmp_path / "control.npz", noise[::-1], y)
+    return tmp_path / "g", write(tmp_path / "train.npz", x, y), write(tmp_path / "control.npz", np.random.default_rng(1).random(x.shape), y)
 
 
 def test_what_the_generator_makes_is_found_and_what_it_does_not_is_not(files: tuple[Path, Path, Path]):
@@ -66,10 +66,21 @@ def test_what_does_not_fit_the_generator_is_refused(files: tuple[Path, Path, Pat
             audit(artifact, path, control, 10, 0)
         with pytest.raises(InputError, match=re.escape(f"{path.name}: {message}")):
             audit(artifact, train, path, 10, 0)
+    with pytest.raises(InputError, match=r"control.npz: some of its images are in .*train.npz too"):
+        with np.load(train) as seen, np.load(control) as unseen:
+            audit(artifact, train, write(control, np.concatenate([unseen["images"][1:], seen["images"][:1]]), seen["labels"]), 10, 0)
     for k, shape in enumerate([(8, 8), (2,)]):
         save_network(tmp_path / f"small{k}", generator(shape))
         with pytest.raises(InputError, match=re.escape(f"samples have shape {list(shape)}; scores by SSIM need 11×11")):
             audit(tmp_path / f"small{k}", train, control, 10, 0)
+
+
+def test_a_generator_that_makes_no_numbers_is_not_taken_for_one_that_gives_nothing_away(files: tuple[Path, Path, Path]):
+    g = generator()
+    g.parts[1].centres.fill_(torch.nan)
+    save_network(files[0], g)
+    with pytest.raises(InputError, match="its training diverged"):
+        audit(*files, count=10, seed=0)
 
 
 def test_the_command_prints_the_scores_and_writes_a_picture_and_a_table(

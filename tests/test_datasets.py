@@ -74,6 +74,9 @@ def test_torchvision_reads_the_original_files(tmp_path):
     assert all(
         (images[labels == y] == (x * 255).round().numpy()).all((1, 2)).any() for x, y in zip(data["train_x"], data["train_y"], strict=True)
     )
+    (raw / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03\0")  # a copy that was interrupted
+    with pytest.raises(InputError, match=r"no MNIST there and none could be fetched \(.+\); place its files in .*/MNIST/raw"):
+        drawn("torchvision", [3, 7], 2, str(tmp_path))
 
 
 def celeba(root, count: int = 12) -> None:
@@ -90,7 +93,7 @@ def celeba(root, count: int = 12) -> None:
 
     write("list_eval_partition.txt", "", ["0"] * count)
     write("identity_CelebA.txt", "", ["1"] * count)
-    write("list_attr_celeba.txt", f"{count}\nMale Young\n", [f"{value} 1" for value in male])
+    write("list_attr_celeba.txt", f"{count}\nMale Young \n", [f"{value} 1" for value in male])
     write("list_bbox_celeba.txt", f"{count}\nx_1 y_1 width height\n", ["0 0 1 1"] * count)
     write("list_landmarks_align_celeba.txt", f"{count}\nlefteye_x lefteye_y\n", ["0 0"] * count)
 
@@ -106,6 +109,8 @@ def test_celeba_is_cropped_resized_and_labelled_by_its_attribute(tmp_path, monke
     assert ((blue > 0.9) == (data["train_y"] == 0)).all()
     with pytest.raises(InputError, match="no attribute 'Hat'; it has Male, Young"):
         drawn("celeba", [0, 1], 2, str(tmp_path), "Hat")
+    with pytest.raises(InputError, match="no attribute ''; it has Male, Young"):
+        drawn("celeba", [0, 1], 2, str(tmp_path))
 
 
 def test_celeba_without_data_says_what_to_put_where(tmp_path):

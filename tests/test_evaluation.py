@@ -135,6 +135,15 @@ def test_a_diverged_generator_and_too_few_samples_are_refused():
         evaluation(generator)
 
 
+def test_fewer_points_than_classifiers_are_refused():
+    generator = Mixture.of([Generator(((0, 1), (0, 1)), (2,), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))])
+    classifiers = [Classifier("batchnorm", (2,), (8, 8), (0, 1)) for _ in range(2)]
+    points = {"train_x": torch.eye(2), "train_y": torch.tensor([0, 1])}
+    evaluate(generator, classifiers, [points, points], [[True] * 2] * 2, 2, 0)
+    with pytest.raises(InputError, match="evaluate.samples=1 is too few: 2 would be one of each classifier"):
+        evaluate(generator, classifiers, [points, points], [[True] * 2] * 2, 1, 0)
+
+
 def test_images_that_are_held_out_for_one_classifier_and_trained_on_by_another_are_refused():
     generator = Generator(((0, 1), (0, 1)), (13, 13), 3, 4, 0.1, 16, 8).initialise(torch.Generator().manual_seed(0))
     parts = {"train": TRAIN, "control": CONTROL, "reference": REFERENCE}

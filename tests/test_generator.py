@@ -159,7 +159,7 @@ def test_a_mixture_draws_from_its_members_in_turn_and_survives_its_files(tmp_pat
         assert torch.equal(codes[:, :3], member.centres[torch.searchsorted(member.labels, y[k::3].contiguous()), k])
         own = codes[:, :3], y[k::3].contiguous(), codes[:, 6:].argmax(1)
         torch.testing.assert_close(x[k::3], member.eval()(*own).detach())
-    assert mixture.sample(2, rng())[0].shape == (2, 9, 7)  # fewer than members
+    assert mixture.sample(1, rng())[0].shape == (1, 9, 7)  # fewer than members, by two
     alone, _ = Mixture.of(members[:1]).sample(7, rng(4))
     assert torch.equal(alone, members[0].sample(7, rng(4))[0])
     images, labels = mixture.bank()

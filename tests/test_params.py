@@ -1,5 +1,7 @@
 """params.yaml is typed and validated, and every refusal names the key."""
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import torch
 import yaml
 
 from gbc.params import InputError, device, entry, load_params
+from tests.tiny import ROOT
 
 
 def test_overrides_reach_their_place_and_the_rest_stays():
@@ -77,6 +80,21 @@ def test_cuda_is_not_silently_replaced():
 def test_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match="params"):
         load_params([], tmp_path / "params.yaml")
+
+
+def test_a_file_that_is_no_text_is_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "params.yaml").write_bytes(b"seed: \xff\n")
+    with pytest.raises(InputError, match="params.yaml with no overrides: .*codec can't decode"):
+        load_params([], tmp_path / "params.yaml")
+
+
+def test_a_stage_that_cannot_write_says_so_in_one_line(tmp_path: Path):
+    shutil.copy("params.yaml", tmp_path)
+    (tmp_path / "data").write_text("")  # where a folder should be
+    command = [sys.executable, "-m", "stages.sample", "toy"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*data.*\n", done.stderr)
 
 
 def test_every_parameter_is_plain_for_dvc(tmp_path: Path):

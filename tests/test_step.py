@@ -108,6 +108,20 @@ def test_the_statistics_are_those_that_batch_normalisation_keeps(architecture: s
     assert step.statistics_mismatch(20).item() > 0.01
 
 
+@pytest.mark.parametrize("architecture", ["batchnorm", "residual"])
+def test_a_dead_neuron_leaves_the_statistics_numbers(architecture: str):
+    net = network(architecture, (3,), torch.float64)
+    x, _, _ = batch(net, 20, torch.float64)
+    with torch.no_grad():
+        next(net.parameters())[0] = 0
+    net.settle(x.detach())
+    step = step_of(net, everywhere(net), 50.0)
+    step.logits(x)
+    assert step.statistics_mismatch(20).item() < 1e-7
+    step.logits(x * 1.5 + 0.1)
+    assert 0.01 < step.statistics_mismatch(20).item() < 100
+
+
 @pytest.mark.parametrize("architecture", [*PERCEPTRONS, "convolutional", "residual"])
 def test_collapse_is_the_distance_from_the_mean_of_the_class(architecture: str):
     net = network(architecture, (3,), torch.float64)
